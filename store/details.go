@@ -1,0 +1,154 @@
+package store
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
+	"time"
+
+	"github.com/go-json-experiment/json"
+	"github.com/go-json-experiment/json/jsontext"
+)
+
+// Duration is a length of time, written as Go writes it ("5m0s").
+type Duration time.Duration
+
+// MarshalText implements encoding.TextMarshaler.
+func (d Duration) MarshalText() ([]byte, error) { return []byte(time.Duration(d).String()), nil }
+
+// UnmarshalText implements encoding.TextUnmarshaler.
+func (d *Duration) UnmarshalText(b []byte) error {
+	v, err := time.ParseDuration(string(b))
+	*d = Duration(v)
+	return err
+}
+
+// Grant is everything that a request would hand out, resolved: no template is
+// left in it. It is what an approver is shown, what the intent commits to by
+// digest, and what the issuer derives again from its own catalogue before it
+// turns to Vault.
+type Grant struct {
+	Scope     string            `json:"scope"`
+	Target    string            `json:"target"`
+	Engine    string            `json:"engine"`          // identity, token, database, pki, ssh, path
+	Role      string            `json:"role,omitzero"`   // Vault token role under which the child token is made
+	Policies  []string          `json:"policies"`        // Vault policies the child token carries
+	Method    string            `json:"method,omitzero"` // "read" or "write" at Path; empty where no secret is fetched
+	Path      string            `json:"path,omitzero"`   // Vault path of the secret
+	Data      map[string]string `json:"data,omitzero"`   // body of a write at Path
+	Params    map[string]string `json:"params"`
+	TTL       Duration          `json:"ttl"`
+	Delivery  string            `json:"delivery"`            // direct or wrapped
+	PublicKey string            `json:"public_key,omitzero"` // the step's own key, where the engine certifies it
+	Audience  string            `json:"audience,omitzero"`   // of a step identity token
+	Revocable bool              `json:"revocable"`
+}
+
+// Digest is "sha256:<hex>" of g's deterministic JSON.
+func (g *Grant) Digest() string {
+	b, err := json.Marshal(g, json.Deterministic(true))
+	if err != nil {
+		panic(err) // strings, maps of strings and numbers always marshal
+	}
+	sum := sha256.Sum256(b)
+	return "sha256:" + hex.EncodeToString(sum[:])
+}
+
+// RequestedDetails are the details of step.requested.
+type RequestedDetails struct {
+	Grant Grant `json:"grant"`
+	// Join identifies "the same request": PrivacyKey.Digest("join", …) over
+	// orchestrator, step and the idempotency key, or else the body digest.
+	// Empty on a denial. At most one open request holds a join.
+	Join  string `json:"join"`
+	Body  string `json:"body"`  // PrivacyKey.Digest("body", …) of the canonical request body
+	Keyed bool   `json:"keyed"` // the caller sent an Idempotency-Key
+}
+
+// IssuingDetails are the details of credential.issuing, the intent. The
+// intent is named by its entry ID.
+type IssuingDetails struct {
+	Attempt int    `json:"attempt"`  // 1, or 2 for the one retry
+	Grant   string `json:"grant"`    // Grant.Digest of the request's grant
+	NotPast Time   `json:"not_past"` // the latest end that the credential may have
+}
+
+// IssuedDetails are the details of credential.issued. Accessor and lease
+// authenticate nothing; with them any broker can revoke.
+type IssuedDetails struct {
+	Intent           string `json:"intent"`
+	Attempt          int    `json:"attempt"`
+	Kind             string `json:"kind"`
+	Revocable        bool   `json:"revocable"`
+	Accessor         string `json:"accessor,omitzero"`          // of the child token
+	LeaseID          string `json:"lease_id,omitzero"`          //
+	WrappingAccessor string `json:"wrapping_accessor,omitzero"` //
+	Serial           string `json:"serial,omitzero"`            // of a certificate, or the jti of an identity token
+	Expires          Time   `json:"expires"`
+}
+
+// FailedDetails are the details of credential.failed.
+type FailedDetails struct {
+	Intent  string `json:"intent"`
+	Attempt int    `json:"attempt"`
+	Problem string `json:"problem"` // problem slug the caller got
+	Stage   string `json:"stage"`   // which call of the mint failed; never a secret
+}
+
+// ClosedDetails are the details of credential.abandoned, credential.revoked
+// and credential.expired.
+type ClosedDetails struct {
+	Intent  string `json:"intent"`
+	Attempt int    `json:"attempt"`
+}
+
+// FinishedDetails are the details of step.finished. The summary is sealed.
+type FinishedDetails struct {
+	Outcome string `json:"outcome"` // succeeded, failed, skipped: the orchestrator's claim
+	Target  string `json:"target,omitzero"`
+}
+
+// PolicyDetails are the details of policy.loaded.
+type PolicyDetails struct {
+	Digest    string `json:"digest"` // of catalogue and policy together, as decisions carry it
+	Catalogue string `json:"catalogue"`
+	Policy    string `json:"policy,omitzero"`
+	Previous  string `json:"previous,omitzero"`
+}
+
+// RefusedDetails are the details of access.refused.
+type RefusedDetails struct {
+	Method  string `json:"method"`
+	Route   string `json:"route"`
+	Role    string `json:"role,omitzero"`   // the role the token has, where known
+	Problem string `json:"problem"`         //
+	Remote  string `json:"remote"`          // IP address without port
+	Folded  int    `json:"folded,omitzero"` // like refusals not recorded on their own since the last entry
+}
+
+// WriterDetails are the details of writer.added.
+type WriterDetails struct {
+	Name   string `json:"name"`
+	Method string `json:"method"` // token or mtls
+}
+
+// SetDetails marshals d deterministically into e.Details.
+func (e *Entry) SetDetails(d any) {
+	b, err := json.Marshal(d, json.Deterministic(true))
+	if err != nil {
+		panic(err) // the details types of this package always marshal
+	}
+	e.Details = jsontext.Value(b)
+}
+
+// DetailsAs decodes e's details as T. Unknown members are accepted.
+func DetailsAs[T any](e *Entry) (T, error) {
+	var d T
+	if len(e.Details) == 0 {
+		return d, fmt.Errorf("%w: %s without details", ErrMalformed, e.Type)
+	}
+	if err := json.Unmarshal(e.Details, &d); err != nil {
+		return d, fmt.Errorf("%w: details of %s: %v", ErrMalformed, e.Type, err)
+	}
+	return d, nil
+}

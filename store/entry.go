@@ -1,0 +1,295 @@
+// Package store holds the record's vocabulary: the Entry and its types, the
+// order in which entries may follow each other, receipts and how to check
+// them. It is pure: nothing here does input or output, so that recorder,
+// broker, issuer and the offline verifier judge one record alike.
+package store
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"regexp"
+	"time"
+	"unicode/utf8"
+
+	"github.com/go-json-experiment/json"
+	"github.com/go-json-experiment/json/jsontext"
+	"github.com/google/uuid"
+	"golang.org/x/mod/sumdb/tlog"
+)
+
+// MaxEntry is the largest leaf in bytes. A C2SP tlog-tiles entry bundle
+// prefixes each entry with a 16-bit length, so that no leaf may be longer.
+const MaxEntry = 65535
+
+// Version is the entry format that this program writes.
+const Version = 1
+
+// Entry is one line of the record. Its exact stored bytes are the leaf of the
+// Merkle tree, so an Entry read from a leaf is never marshalled again to be
+// hashed: keep the leaf.
+//
+// Every entry answers the seven questions of the WIMSE AI identity draft: who
+// acted (Agent), for whom (Subject), on what (Resource), what and with which
+// decision (Action, Decision), when and in which story (Time, Request), at
+// which risk (Risk), and what was undone and why (Cause).
+type Entry struct {
+	V            int               `json:"v"`
+	ID           string            `json:"id"`           // UUIDv7, chosen by the writer; makes an append idempotent
+	Type         Type              `json:"type"`         //
+	Time         Time              `json:"time"`         // the recorder's, never decreasing
+	Writer       string            `json:"writer"`       // the authenticated writer, stamped by the recorder
+	WriterTime   Time              `json:"writer_time"`  // the writer's own clock
+	Agent        string            `json:"agent"`        // SPIFFE ID of the acting workload
+	Subject      *Subject          `json:"subject"`      // on whose behalf; nil where nobody is named
+	Orchestrator string            `json:"orchestrator"` //
+	Run          string            `json:"run"`
+	Step         string            `json:"step"`
+	Request      string            `json:"request"`
+	Resource     string            `json:"resource"` // the scope's target
+	Action       string            `json:"action"`   // the scope, or the route that was refused
+	Decision     *Decision         `json:"decision"`
+	Risk         *Risk             `json:"risk"`
+	Person       *string           `json:"person"` // pseudonym of the person who decided
+	Cause        *string           `json:"cause"`  // why something was undone
+	Details      jsontext.Value    `json:"details"`
+	Sealed       map[string]string `json:"sealed"` // field name to commitment (see Commit)
+}
+
+// Subject is the person or system on whose behalf a step runs.
+type Subject struct {
+	ID     string `json:"id"`     // a pseudonym (see Pseudonym)
+	Proved bool   `json:"proved"` // true when a subject_token was verified
+}
+
+// Decision is what policy said.
+type Decision struct {
+	Outcome Outcome  `json:"outcome"`
+	Policy  string   `json:"policy"` // digest of catalogue and policy in force, "sha256:<hex>"
+	Reasons []string `json:"reasons"`
+}
+
+// Outcome of a policy decision.
+type Outcome string
+
+// The outcomes a decision can have.
+const (
+	Allow         Outcome = "allow"
+	Deny          Outcome = "deny"
+	NeedsApproval Outcome = "needs-approval"
+)
+
+// Risk is the sensitivity of what was asked for.
+type Risk struct {
+	Sensitivity string `json:"sensitivity"`
+}
+
+// Submission is what a writer hands to the recorder: an entry whose Time and
+// Writer are empty, and the texts behind its commitments.
+type Submission struct {
+	Entry
+	Openings map[string]Opening `json:"openings,omitzero"`
+}
+
+// timeLayout is RFC 3339 in UTC with a fixed width, so that text order is time
+// order and an index over the text column serves ranges.
+const timeLayout = "2006-01-02T15:04:05.000000Z"
+
+// Time is an instant in microseconds, written with a fixed width. The zero
+// Time is written as an empty string.
+type Time struct{ time.Time }
+
+// At returns t as the record writes it: UTC, cut to microseconds.
+func At(t time.Time) Time { return Time{t.UTC().Truncate(time.Microsecond)} }
+
+// String formats t with a fixed width.
+func (t Time) String() string {
+	if t.IsZero() {
+		return ""
+	}
+	return t.UTC().Format(timeLayout)
+}
+
+// MarshalText implements encoding.TextMarshaler.
+func (t Time) MarshalText() ([]byte, error) { return []byte(t.String()), nil }
+
+// UnmarshalText implements encoding.TextUnmarshaler. Any other width or zone
+// than the record's own is refused.
+func (t *Time) UnmarshalText(b []byte) error {
+	if len(b) == 0 {
+		*t = Time{}
+		return nil
+	}
+	if len(b) != len(timeLayout) {
+		return fmt.Errorf("time %q is not of the form %s", b, timeLayout)
+	}
+	v, err := time.Parse(timeLayout, string(b))
+	if err != nil {
+		return fmt.Errorf("time %q is not of the form %s", b, timeLayout)
+	}
+	t.Time = v
+	return nil
+}
+
+// MarshalJSON writes t as a JSON string. It is defined because the embedded
+// time.Time would otherwise decide the format.
+func (t Time) MarshalJSON() ([]byte, error) { return []byte(`"` + t.String() + `"`), nil }
+
+// UnmarshalJSON reads what MarshalJSON wrote.
+func (t *Time) UnmarshalJSON(b []byte) error {
+	if len(b) < 2 || b[0] != '"' || b[len(b)-1] != '"' {
+		return errors.New("time is not a string")
+	}
+	return t.UnmarshalText(b[1 : len(b)-1])
+}
+
+// NewID returns a fresh UUIDv7 (RFC 9562) for an entry.
+func NewID() string { return uuid.Must(uuid.NewV7()).String() }
+
+// ids is the contract's rule for run, step and orchestrator names.
+var ids = regexp.MustCompile(`\A[A-Za-z0-9][A-Za-z0-9._-]{0,127}\z`)
+
+// ValidID reports whether s may name a run, a step, an orchestrator or a
+// request.
+func ValidID(s string) bool { return ids.MatchString(s) }
+
+// ErrMalformed is wrapped by every error about bytes that are not an entry.
+var ErrMalformed = errors.New("malformed entry")
+
+// ParseSubmission reads what a writer submitted. It is strict: unknown and
+// duplicate members, invalid UTF-8, U+0000, stamps that are the recorder's to
+// give, and commitments that do not match their openings are refused. Errors
+// wrap ErrMalformed.
+func ParseSubmission(b []byte) (*Submission, error) {
+	if err := checkText(b); err != nil {
+		return nil, err
+	}
+	var s Submission
+	if err := json.Unmarshal(b, &s, json.RejectUnknownMembers(true)); err != nil {
+		return nil, fmt.Errorf("%w: %v", ErrMalformed, err)
+	}
+	if err := s.check(); err != nil {
+		return nil, fmt.Errorf("%w: %v", ErrMalformed, err)
+	}
+	return &s, nil
+}
+
+func checkText(b []byte) error {
+	switch {
+	case len(b) > MaxEntry:
+		return fmt.Errorf("%w: %d bytes, at most %d", ErrMalformed, len(b), MaxEntry)
+	case !utf8.Valid(b):
+		return fmt.Errorf("%w: not UTF-8", ErrMalformed)
+	case hasNUL(b):
+		return fmt.Errorf("%w: U+0000", ErrMalformed)
+	}
+	return nil
+}
+
+// hasNUL finds U+0000, raw or escaped. PostgreSQL's text cannot hold it and
+// SQLite's JSON functions stop at it, so an index column could disagree with
+// the leaf.
+func hasNUL(b []byte) bool {
+	if bytes.IndexByte(b, 0) >= 0 {
+		return true
+	}
+	for rest := b; ; {
+		i := bytes.Index(rest, []byte(`\u0000`))
+		if i < 0 {
+			return false
+		}
+		n := 0
+		for j := i - 1; j >= 0 && rest[j] == '\\'; j-- {
+			n++
+		}
+		if n%2 == 0 {
+			return true
+		}
+		rest = rest[i+6:]
+	}
+}
+
+func (s *Submission) check() error {
+	id, err := uuid.Parse(s.ID)
+	switch {
+	case s.V != Version:
+		return fmt.Errorf("v is %d, want %d", s.V, Version)
+	case err != nil || id.Version() != 7 || id.String() != s.ID:
+		return fmt.Errorf("id %q is not a UUIDv7", s.ID)
+	case !s.Time.IsZero():
+		return errors.New("time is the recorder's to set")
+	case s.Writer != "":
+		return errors.New("writer is the recorder's to set")
+	case s.WriterTime.IsZero():
+		return errors.New("writer_time is missing")
+	case !s.Type.Known():
+		return fmt.Errorf("type %q is unknown", s.Type)
+	case s.Agent == "":
+		return errors.New("agent is missing")
+	}
+	for name, v := range map[string]string{"orchestrator": s.Orchestrator, "run": s.Run, "step": s.Step, "request": s.Request} {
+		if v != "" && !ValidID(v) {
+			return fmt.Errorf("%s %q is not a valid ID", name, v)
+		}
+	}
+	if len(s.Details) > 0 && s.Details.Kind() != '{' {
+		return errors.New("details is not an object")
+	}
+	if len(s.Sealed) != len(s.Openings) {
+		return errors.New("sealed and openings do not name the same fields")
+	}
+	for field, o := range s.Openings {
+		if s.Sealed[field] == "" || !o.Opens(field, s.Sealed[field]) {
+			return fmt.Errorf("the opening of %q does not match its commitment", field)
+		}
+	}
+	return nil
+}
+
+// Stamp returns the leaf: the entry with the recorder's time and writer, and
+// without the openings. It sets both on s. The error wraps ErrMalformed when
+// the leaf would be too long.
+func (s *Submission) Stamp(writer string, now Time) ([]byte, error) {
+	s.Entry.Writer, s.Entry.Time = writer, now
+	leaf, err := s.Entry.Marshal()
+	if err != nil {
+		return nil, fmt.Errorf("%w: %v", ErrMalformed, err)
+	}
+	if len(leaf) > MaxEntry {
+		return nil, fmt.Errorf("%w: leaf of %d bytes, at most %d", ErrMalformed, len(leaf), MaxEntry)
+	}
+	return leaf, nil
+}
+
+// Marshal encodes e deterministically: members in the order of the struct,
+// map keys sorted.
+func (e *Entry) Marshal() ([]byte, error) { return json.Marshal(e, json.Deterministic(true)) }
+
+// Marshal encodes s deterministically, as it is sent to the recorder.
+func (s *Submission) Marshal() ([]byte, error) { return json.Marshal(s, json.Deterministic(true)) }
+
+// ParseLeaf reads a stored leaf. Types and members that this program does not
+// know are accepted, since a verifier outlives the writer's version. Errors
+// wrap ErrMalformed.
+func ParseLeaf(leaf []byte) (*Entry, error) {
+	if err := checkText(leaf); err != nil {
+		return nil, err
+	}
+	var e Entry
+	if err := json.Unmarshal(leaf, &e); err != nil {
+		return nil, fmt.Errorf("%w: %v", ErrMalformed, err)
+	}
+	return &e, nil
+}
+
+// LeafHash is the RFC 6962 leaf hash of an entry's stored bytes.
+func LeafHash(leaf []byte) tlog.Hash { return tlog.RecordHash(leaf) }
+
+// Ptr returns a pointer to s, or nil for an empty string: how Person and
+// Cause are set.
+func Ptr(s string) *string {
+	if s == "" {
+		return nil
+	}
+	return &s
+}
