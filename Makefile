@@ -1,0 +1,79 @@
+# countersign: make demo | test | test-slow | vault | bench | lint | build
+#
+# Every target works from a clean clone with Go, git and a shell. What it needs
+# beyond that is installed with apt where this runs as root on Debian or
+# Ubuntu; elsewhere the target says what to install.
+
+GO ?= go
+
+# Linters run at pinned versions with `go run pkg@version`: as dependencies of
+# go.mod they would raise the versions that the product itself is built with.
+STATICCHECK ?= honnef.co/go/tools/cmd/staticcheck@v0.8.2
+GOVULNCHECK ?= golang.org/x/vuln/cmd/govulncheck@v1.9.0
+
+# Debian keeps PostgreSQL's server programs off PATH.
+PGBIN := $(firstword $(wildcard /usr/lib/postgresql/*/bin))
+export PATH := $(PATH)$(if $(PGBIN),:$(PGBIN))
+
+.DEFAULT_GOAL := build
+.PHONY: build demo test test-slow bench lint vault check servers
+
+## build: the program, at bin/countersign
+build:
+	$(GO) build -trimpath -o bin/countersign ./cmd/countersign
+
+## demo: a real flow against a real Vault and PostgreSQL, told as a story
+demo: servers vault build
+	$(GO) run ./cmd/demo bin/countersign
+
+## test: everything but the slow tests, with the race detector; 15 minutes at most
+test: check servers vault
+	$(GO) test -race -timeout 15m ./...
+
+## test-slow: kills in hundreds, long drills, and 30 s of every fuzz target
+test-slow: check servers vault
+	$(GO) test -race -tags slow -timeout 90m ./...
+	@set -eu; for pkg in $$($(GO) list ./...); do \
+		for target in $$($(GO) test -list '^Fuzz' "$$pkg" | grep '^Fuzz' || true); do \
+			echo "fuzz $$pkg $$target"; \
+			$(GO) test -run '^$$' -fuzz "^$$target\$$" -fuzztime 30s "$$pkg"; \
+		done; \
+	done
+
+## bench: what docs/benchmarks.md reports, measured side by side in one run
+bench: servers vault
+	$(GO) run ./cmd/bench
+
+## lint: gofmt, go vet, staticcheck, govulncheck
+lint: check
+	$(GO) run $(STATICCHECK) ./...
+	@out=$$($(GO) run $(GOVULNCHECK) ./... 2>&1) && echo "$$out" || { \
+		if echo "$$out" | grep -qE 'fetching vulnerabilities|vuln\.go\.dev.*(dial|lookup|Forbidden|Not Found|timeout|refused|EOF)'; then \
+			echo "lint: govulncheck skipped: its database (vuln.go.dev) cannot be had from here"; \
+		else echo "$$out"; exit 1; fi; }
+
+## vault: finds or builds the development Vault; its path is the last line
+vault:
+	@$(GO) run -C cmd/devvault .
+
+# Formatting and vet come first: they are quick, and say the most for it.
+check:
+	@out=$$(gofmt -l $$(git ls-files '*.go')); \
+		if [ -n "$$out" ]; then echo "not formatted, run gofmt -w on:"; echo "$$out"; exit 1; fi
+	$(GO) vet ./...
+
+# redis-server and PostgreSQL for the tests and the demo; a C compiler for the
+# race detector.
+servers:
+	@set -eu; missing=; \
+	command -v redis-server >/dev/null || missing="$$missing redis-server"; \
+	command -v initdb >/dev/null || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || missing="$$missing postgresql"; \
+	command -v psql >/dev/null || missing="$$missing postgresql-client"; \
+	command -v cc >/dev/null || command -v gcc >/dev/null || missing="$$missing gcc libc6-dev"; \
+	[ -n "$$missing" ] || exit 0; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "installing$$missing"; \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; \
+	else \
+		echo "missing:$$missing; install them (Debian: sudo apt-get install$$missing) and run make again" >&2; exit 1; \
+	fi
