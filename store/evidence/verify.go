@@ -1,0 +1,370 @@
+// Package evidence checks the record from outside: it trusts the log's key
+// and nothing else, neither the recorder that serves the log nor the database
+// that holds it.
+package evidence
+
+import (
+	"context"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"strings"
+
+	"filippo.io/torchwood"
+	"golang.org/x/mod/sumdb/tlog"
+
+	"github.com/countersign-dev/countersign/store"
+)
+
+// Source is a log as somebody holds it: served by a recorder (HTTP) or lying
+// in a ledger's database (Database). Nothing that it returns is believed.
+type Source interface {
+	// Checkpoint returns the newest signed checkpoint.
+	Checkpoint(ctx context.Context) (string, error)
+	// Tile returns the data of a hash tile (C2SP tlog-tiles, height 8).
+	Tile(ctx context.Context, t tlog.Tile) ([]byte, error)
+	// Entries returns the leaves of an entry bundle (t.L is -1), or
+	// ErrNoEntries where this reader may not see entries.
+	Entries(ctx context.Context, t tlog.Tile) ([][]byte, error)
+}
+
+// ErrNoEntries says that a source keeps its entries from this reader. The
+// tree can still be verified from its hashes.
+var ErrNoEntries = errors.New("entries are not shown to this reader")
+
+// ErrUnchecked is wrapped where something could not be checked at all: the
+// source did not answer, or a key was missing. It is no verdict on the log.
+var ErrUnchecked = errors.New("could not be checked")
+
+// NoIndex is the Index of a finding that belongs to no single entry.
+const NoIndex int64 = -1
+
+// Finding is one thing that is wrong with a log.
+type Finding struct {
+	Index   int64  `json:"index"` // of the entry, or NoIndex
+	Kind    string `json:"kind"`  // short and stable, such as "leaf-mismatch"
+	Message string `json:"message"`
+}
+
+func (f Finding) String() string {
+	if f.Index == NoIndex {
+		return f.Kind + ": " + f.Message
+	}
+	return fmt.Sprintf("%s: entry %d: %s", f.Kind, f.Index, f.Message)
+}
+
+// The kinds of findings.
+const (
+	KindCheckpoint = "checkpoint"    // missing, malformed or not signed by the log's key
+	KindLeaf       = "leaf-mismatch" // an entry's bytes do not give the hash that the tree holds
+	KindMissing    = "missing"       // an entry or a tile of the signed tree is not there
+	KindTile       = "tile-mismatch" // a stored hash is not the hash of what lies below it
+	KindRoot       = "root-mismatch" // the tree does not give the signed root
+	KindFork       = "fork"          // the log does not continue an earlier checkpoint
+	KindRollback   = "rollback"      // the log is shorter than an earlier checkpoint
+	KindMalformed  = "malformed"     // an entry does not parse
+	KindTime       = "time"          // an entry's time lies before its predecessor's
+	KindDuplicate  = "duplicate"     // two entries bear one ID
+	KindOrder      = "order"         // an entry breaks the order of the record
+	maxFindings    = 100             // a log that is wrong everywhere need not be listed whole
+	bundleWidth    = torchwood.TileWidth
+)
+
+// Report is what a verification saw.
+type Report struct {
+	Origin     string    `json:"origin"`
+	Size       int64     `json:"size"`
+	Root       string    `json:"root"`
+	Checkpoint string    `json:"checkpoint"`
+	Leaves     int64     `json:"leaves"`        // entries whose bytes were read and hashed
+	Since      int64     `json:"since"`         // size of the earlier checkpoint that this log continues, 0 for none
+	From       string    `json:"from,omitzero"` // time of the first entry
+	To         string    `json:"to,omitzero"`   // time of the last entry
+	Findings   []Finding `json:"findings"`
+	Cut        bool      `json:"cut,omitzero"` // there were more findings than are listed
+}
+
+// OK reports whether nothing was found.
+func (r *Report) OK() bool { return len(r.Findings) == 0 }
+
+func (r *Report) add(index int64, kind, format string, a ...any) {
+	if len(r.Findings) >= maxFindings {
+		r.Cut = true
+		return
+	}
+	r.Findings = append(r.Findings, Finding{index, kind, fmt.Sprintf(format, a...)})
+}
+
+// Options of Verify.
+type Options struct {
+	Log      *store.LogVerifier      // the log's key, from a trusted place
+	Since    string                  // an earlier signed checkpoint, or empty
+	Progress func(done, total int64) // called now and then; may be nil
+}
+
+// Verify reads the whole log and checks: the checkpoint's signature, every
+// entry against its leaf hash, every stored hash against those below it, the
+// root, continuity with an earlier checkpoint, and the sense of the story
+// (each entry admissible after those before it, times that never go back, no
+// ID twice). A log that is wrong is a report with findings; an error (wrapping
+// ErrUnchecked) says that no verdict was reached.
+func Verify(ctx context.Context, src Source, o Options) (*Report, error) {
+	if o.Log == nil {
+		return nil, fmt.Errorf("%w: no log key given", ErrUnchecked)
+	}
+	r := &Report{Origin: o.Log.Origin(), Findings: []Finding{}}
+	signed, err := src.Checkpoint(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("%w: checkpoint: %v", ErrUnchecked, err)
+	}
+	r.Checkpoint = signed
+	head, err := o.Log.Checkpoint(signed)
+	if err != nil {
+		r.add(NoIndex, KindCheckpoint, "not signed by the key of %s: %v", o.Log.Origin(), err)
+		// The tree is still read, so that what is wrong inside is named too.
+		head, err = unverified(signed)
+		if err != nil {
+			return r, nil
+		}
+	}
+	r.Size, r.Root = head.N, base64.StdEncoding.EncodeToString(head.Hash[:])
+
+	var since torchwood.Checkpoint
+	if o.Since != "" {
+		since, err = o.Log.Checkpoint(o.Since)
+		if err != nil {
+			r.add(NoIndex, KindCheckpoint, "the earlier checkpoint is not signed by the key of %s: %v", o.Log.Origin(), err)
+			since = torchwood.Checkpoint{}
+		} else if since.N > head.N {
+			r.add(NoIndex, KindRollback, "the log has %d entries, but an earlier checkpoint signed %d: the tail is cut off or an older copy was put back", head.N, since.N)
+			since = torchwood.Checkpoint{}
+		}
+	}
+
+	w := &walk{src: src, r: r, head: head.Tree, since: since, state: anyGrace(), ids: map[string]int64{}, progress: o.Progress}
+	if err := w.leaves(ctx); err != nil {
+		return nil, err
+	}
+	return r, nil
+}
+
+// unverified parses the body of a signed note whose signature does not hold.
+func unverified(signed string) (torchwood.Checkpoint, error) {
+	body, _, ok := strings.Cut(signed, "\n\n")
+	if !ok {
+		return torchwood.Checkpoint{}, errors.New("not a signed note")
+	}
+	return torchwood.ParseCheckpoint(body + "\n")
+}
+
+// walk goes through the log once, from the first leaf to the last.
+type walk struct {
+	src      Source
+	r        *Report
+	head     tlog.Tree
+	since    torchwood.Checkpoint
+	state    *store.State
+	ids      map[string]int64
+	last     store.Time
+	progress func(done, total int64)
+	blind    bool // entries are not shown: leaf hashes come from level 0
+
+	// hashes[l] are the hashes of level l of the tree that are not yet part of
+	// a complete tile of level l/8; edge is the right edge of the tree.
+	edge  []edgeHash
+	tiles [][]tlog.Hash // per tile level, the hashes of the tile being filled
+}
+
+type edgeHash struct {
+	level int
+	hash  tlog.Hash
+}
+
+func (w *walk) leaves(ctx context.Context) error {
+	for n := int64(0); n*bundleWidth < w.head.N; n++ {
+		if err := ctx.Err(); err != nil {
+			return fmt.Errorf("%w: %v", ErrUnchecked, err)
+		}
+		width := int(min(bundleWidth, w.head.N-n*bundleWidth))
+		stored, err := w.tile(ctx, tlog.Tile{H: torchwood.TileHeight, L: 0, N: n, W: width})
+		if err != nil {
+			return err
+		}
+		var leaves [][]byte
+		if !w.blind {
+			leaves, err = w.src.Entries(ctx, tlog.Tile{H: torchwood.TileHeight, L: -1, N: n, W: width})
+			switch {
+			case errors.Is(err, ErrNoEntries):
+				w.blind = true
+			case errors.Is(err, ErrUnchecked):
+				return err
+			case err != nil:
+				w.r.add(n*bundleWidth, KindMissing, "entries %d to %d cannot be read: %v", n*bundleWidth, n*bundleWidth+int64(width)-1, err)
+			}
+		}
+		if err := w.bundle(ctx, n, width, stored, leaves); err != nil {
+			return err
+		}
+		if w.progress != nil {
+			w.progress(n*bundleWidth+int64(width), w.head.N)
+		}
+	}
+	// The partial tiles at the right edge of the upper levels.
+	for l := 1; l < len(w.tiles); l++ {
+		if len(w.tiles[l]) > 0 {
+			n := w.head.N >> (8 * l) / bundleWidth
+			if err := w.compare(ctx, l, n, w.tiles[l]); err != nil {
+				return err
+			}
+		}
+	}
+	if root := w.root(); w.head.N > 0 && root != w.head.Hash {
+		w.r.add(NoIndex, KindRoot, "the entries give root %s, but %s is signed for size %d", root, w.head.Hash, w.head.N)
+	}
+	return nil
+}
+
+// tile reads a hash tile. Hashes that are missing come back as zero, with a
+// finding.
+func (w *walk) tile(ctx context.Context, t tlog.Tile) ([]tlog.Hash, error) {
+	hashes := make([]tlog.Hash, t.W)
+	data, err := w.src.Tile(ctx, t)
+	if errors.Is(err, ErrUnchecked) {
+		return nil, err
+	}
+	if err != nil || len(data) != t.W*tlog.HashSize {
+		if err == nil {
+			err = fmt.Errorf("%d bytes, want %d", len(data), t.W*tlog.HashSize)
+		}
+		w.r.add(NoIndex, KindMissing, "tile %s: %v", torchwood.TilePath(t), err)
+		return hashes, nil
+	}
+	for i := range hashes {
+		hashes[i] = tlog.Hash(data[i*tlog.HashSize:])
+	}
+	return hashes, nil
+}
+
+func (w *walk) bundle(ctx context.Context, n int64, width int, stored []tlog.Hash, leaves [][]byte) error {
+	if leaves != nil && len(leaves) != width {
+		w.r.add(n*bundleWidth, KindMissing, "a bundle of %d entries has %d", width, len(leaves))
+	}
+	for i := range width {
+		index := n*bundleWidth + int64(i)
+		h := stored[i]
+		if i < len(leaves) && leaves[i] != nil {
+			h = store.LeafHash(leaves[i])
+			if h != stored[i] {
+				w.r.add(index, KindLeaf, "its bytes hash to %s, the tree holds %s", h, stored[i])
+			}
+			w.story(index, leaves[i])
+		} else if leaves != nil && i < len(leaves) {
+			w.r.add(index, KindMissing, "the entry is not there")
+		}
+		if err := w.push(ctx, index, h); err != nil {
+			return err
+		}
+		if index+1 == w.since.N {
+			w.r.Since = w.since.N
+			if root := w.root(); root != w.since.Hash {
+				w.r.Since = 0
+				w.r.add(NoIndex, KindFork, "at size %d an earlier checkpoint signed root %s, this log gives %s: the record was rewritten", w.since.N, w.since.Hash, root)
+			}
+		}
+	}
+	return nil
+}
+
+// push adds a leaf hash to the tree, and compares each tile that it
+// completes with the stored one.
+func (w *walk) push(ctx context.Context, index int64, h tlog.Hash) error {
+	w.edge = append(w.edge, edgeHash{0, h})
+	for level := 1; len(w.edge) > 1 && w.edge[len(w.edge)-1].level == w.edge[len(w.edge)-2].level; level++ {
+		k := len(w.edge)
+		sum := tlog.NodeHash(w.edge[k-2].hash, w.edge[k-1].hash)
+		w.edge = append(w.edge[:k-2], edgeHash{level, sum})
+		if level%8 != 0 {
+			continue
+		}
+		l := level / 8
+		for len(w.tiles) <= l {
+			w.tiles = append(w.tiles, nil)
+		}
+		w.tiles[l] = append(w.tiles[l], sum)
+		if len(w.tiles[l]) == bundleWidth {
+			if err := w.compare(ctx, l, index>>(8*l)/bundleWidth, w.tiles[l]); err != nil {
+				return err
+			}
+			w.tiles[l] = w.tiles[l][:0]
+		}
+	}
+	return nil
+}
+
+func (w *walk) compare(ctx context.Context, l int, n int64, want []tlog.Hash) error {
+	t := tlog.Tile{H: torchwood.TileHeight, L: l, N: n, W: len(want)}
+	got, err := w.tile(ctx, t)
+	if err != nil {
+		return err
+	}
+	for i := range want {
+		if got[i] != want[i] {
+			first := (n*bundleWidth + int64(i)) << (8 * l)
+			w.r.add(NoIndex, KindTile, "tile %s, hash %d, over entries %d to %d is not the hash of what lies below it", torchwood.TilePath(t), i, first, first+1<<(8*l)-1)
+			break
+		}
+	}
+	return nil
+}
+
+// root is the RFC 6962 root over the leaves pushed so far.
+func (w *walk) root() tlog.Hash {
+	if len(w.edge) == 0 {
+		return tlog.Hash{}
+	}
+	h := w.edge[len(w.edge)-1].hash
+	for i := len(w.edge) - 2; i >= 0; i-- {
+		h = tlog.NodeHash(w.edge[i].hash, h)
+	}
+	return h
+}
+
+// story checks one entry against those before it.
+func (w *walk) story(index int64, leaf []byte) {
+	w.r.Leaves++
+	e, err := store.ParseLeaf(leaf)
+	if err != nil {
+		w.r.add(index, KindMalformed, "%v", err)
+		return
+	}
+	if first, ok := w.ids[e.ID]; ok {
+		w.r.add(index, KindDuplicate, "its ID %s is that of entry %d", e.ID, first)
+	} else {
+		w.ids[e.ID] = index
+	}
+	if e.Time.Before(w.last.Time) {
+		w.r.add(index, KindTime, "its time %s lies before %s, that of an entry before it", e.Time, w.last)
+	} else {
+		w.last = e.Time
+	}
+	if w.r.From == "" {
+		w.r.From = e.Time.String()
+	}
+	w.r.To = e.Time.String()
+	b := w.state.Begin()
+	// The recorder's own entries and its writers' are told apart by type: no
+	// recorder admits a person's decision from a writer.
+	if err := b.Admit(e, index, !e.Type.Writable()); err != nil {
+		w.r.add(index, KindOrder, "%v", err)
+		return
+	}
+	b.Commit()
+}
+
+// anyGrace returns a State that takes any grace for abandoned intents: how
+// long the recorder waits is its configuration and not on record.
+func anyGrace() *store.State {
+	s := store.NewState()
+	s.Grace = 1
+	return s
+}
