@@ -1,0 +1,305 @@
+// Package inflight shares between brokers what is under way: which credentials
+// are due to end, which request a step has open, where a request stands, who
+// waits for it. It makes the broker quick and never right: the ledger alone
+// decides what may be minted and what is live, and everything here is rebuilt
+// from it when Redis comes back empty. No secret, no reason and no subject is
+// ever written to it.
+package inflight
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/alicebob/miniredis/v2"
+	"github.com/go-json-experiment/json"
+	"github.com/redis/go-redis/v9"
+	"github.com/redis/go-redis/v9/maintnotifications"
+)
+
+// ErrUnavailable is wrapped by every failure to reach Redis. Whoever meets it
+// before an intent is written issues nothing.
+var ErrUnavailable = errors.New("state unavailable")
+
+// Options say where the state is kept.
+type Options struct {
+	// URL of the Redis server (redis://user:password@host:port/db, rediss://).
+	// Empty: a Redis embedded in this process, for one broker alone.
+	URL string
+	// Prefix is put before every key, so that brokers and recorder may share a
+	// server under ACL users of their own. "countersign:" by default.
+	Prefix string
+	// Timeout bounds each call; 1 s by default.
+	Timeout time.Duration
+	// StatusLife is how long the status of a request that is no longer open is
+	// kept; 24 h by default.
+	StatusLife time.Duration
+}
+
+// Store is a connection to Redis. It is safe for concurrent use.
+type Store struct {
+	c       *redis.Client
+	prefix  string
+	timeout time.Duration
+	life    time.Duration
+	mini    *miniredis.Miniredis // nil: a real server
+	stop    chan struct{}
+	done    sync.WaitGroup
+}
+
+// Request is what is kept of a request: enough to answer where it stands and
+// to find a step's credentials.
+type Request struct {
+	ID           string    `json:"id"`
+	Orchestrator string    `json:"orchestrator"`
+	Run          string    `json:"run"`
+	Step         string    `json:"step"`
+	Scope        string    `json:"scope"`
+	Status       string    `json:"status"`
+	Expires      time.Time `json:"expires,omitzero"` // of the live credential
+}
+
+// Open connects to Redis, or starts the embedded one. It does not fail where
+// the server cannot be reached: calls do, until it can.
+func Open(o Options) (*Store, error) {
+	s := &Store{prefix: o.Prefix, timeout: o.Timeout, life: o.StatusLife, stop: make(chan struct{})}
+	if s.prefix == "" {
+		s.prefix = "countersign:"
+	}
+	if s.timeout <= 0 {
+		s.timeout = time.Second
+	}
+	if s.life <= 0 {
+		s.life = 24 * time.Hour
+	}
+	opt := &redis.Options{}
+	if o.URL == "" {
+		s.mini = miniredis.NewMiniRedis()
+		if err := s.mini.StartAddr("127.0.0.1:0"); err != nil {
+			return nil, fmt.Errorf("start the embedded Redis: %w", err)
+		}
+		opt.Addr = s.mini.Addr()
+		s.done.Go(s.driveClock)
+	} else {
+		var err error
+		if opt, err = redis.ParseURL(o.URL); err != nil {
+			return nil, errors.New("the Redis URL is not of the form redis://[user:password@]host:port[/db]") // err would quote the password
+		}
+	}
+	opt.DialTimeout, opt.ReadTimeout, opt.WriteTimeout = s.timeout, s.timeout, s.timeout
+	opt.ContextTimeoutEnabled = true
+	opt.MaxRetries = 1
+	opt.DisableIdentity = true
+	opt.MaintNotificationsConfig = &maintnotifications.Config{Mode: maintnotifications.ModeDisabled}
+	s.c = redis.NewClient(opt)
+	return s, nil
+}
+
+// driveClock moves the embedded Redis's clock: miniredis lets keys expire only
+// when it is told that time has passed.
+func (s *Store) driveClock() {
+	const step = 100 * time.Millisecond
+	t := time.NewTicker(step)
+	defer t.Stop()
+	last := time.Now()
+	for {
+		select {
+		case <-s.stop:
+			return
+		case now := <-t.C:
+			s.mini.FastForward(now.Sub(last))
+			last = now
+		}
+	}
+}
+
+// Close ends the connection, and the embedded Redis with it.
+func (s *Store) Close() error {
+	close(s.stop)
+	err := s.c.Close()
+	s.done.Wait()
+	if s.mini != nil {
+		s.mini.Close()
+	}
+	return err
+}
+
+func (s *Store) key(parts ...string) string { return s.prefix + strings.Join(parts, ":") }
+
+func (s *Store) call(ctx context.Context, doing string, fn func(context.Context) error) error {
+	ctx, cancel := context.WithTimeout(ctx, s.timeout)
+	defer cancel()
+	if err := fn(ctx); err != nil {
+		return fmt.Errorf("%w: %s: %v", ErrUnavailable, doing, err)
+	}
+	return nil
+}
+
+// Ping reports whether Redis answers.
+func (s *Store) Ping(ctx context.Context) error {
+	return s.call(ctx, "ping", func(ctx context.Context) error { return s.c.Ping(ctx).Err() })
+}
+
+// Generation returns the marker that Rebuild set, or an empty string where
+// Redis holds none: it was emptied, or is new, and must be rebuilt.
+func (s *Store) Generation(ctx context.Context) (string, error) {
+	var gen string
+	err := s.call(ctx, "read the generation", func(ctx context.Context) error {
+		v, err := s.c.Get(ctx, s.key("generation")).Result()
+		if errors.Is(err, redis.Nil) {
+			return nil
+		}
+		gen = v
+		return err
+	})
+	return gen, err
+}
+
+// Rebuild writes live, the requests with a live credential or an open intent,
+// and then the marker generation. A crash before the marker leaves Redis
+// found empty, and it is rebuilt again.
+func (s *Store) Rebuild(ctx context.Context, generation string, live []Request) error {
+	for len(live) > 0 {
+		n := min(len(live), 500)
+		err := s.call(ctx, "rebuild", func(ctx context.Context) error {
+			p := s.c.Pipeline()
+			for _, r := range live[:n] {
+				if err := s.put(ctx, p, r); err != nil {
+					return err
+				}
+			}
+			_, err := p.Exec(ctx)
+			return err
+		})
+		if err != nil {
+			return err
+		}
+		live = live[n:]
+	}
+	return s.call(ctx, "set the generation", func(ctx context.Context) error {
+		return s.c.Set(ctx, s.key("generation"), generation, 0).Err()
+	})
+}
+
+// Put notes where a request stands and wakes those who wait for it. A live
+// credential (Expires set) joins the due list and its step's set; any other
+// status takes it off both.
+func (s *Store) Put(ctx context.Context, r Request) error {
+	return s.call(ctx, "note a request", func(ctx context.Context) error {
+		p := s.c.Pipeline()
+		if err := s.put(ctx, p, r); err != nil {
+			return err
+		}
+		p.Publish(ctx, s.key("wake", r.ID), r.Status)
+		_, err := p.Exec(ctx)
+		return err
+	})
+}
+
+func (s *Store) put(ctx context.Context, p redis.Pipeliner, r Request) error {
+	b, err := json.Marshal(r)
+	if err != nil {
+		return err
+	}
+	life, step := s.life, s.key("step", r.Orchestrator, r.Run, r.Step)
+	if r.Expires.IsZero() {
+		p.ZRem(ctx, s.key("due"), r.ID)
+		p.SRem(ctx, step, r.ID)
+	} else {
+		life += max(time.Until(r.Expires), 0)
+		p.ZAdd(ctx, s.key("due"), redis.Z{Score: float64(r.Expires.UnixMilli()), Member: r.ID})
+		p.SAdd(ctx, step, r.ID)
+		p.ExpireAt(ctx, step, time.Now().Add(life))
+	}
+	p.Set(ctx, s.key("request", r.ID), b, life)
+	return nil
+}
+
+// Request returns what is kept of a request, or nil.
+func (s *Store) Request(ctx context.Context, id string) (*Request, error) {
+	var r *Request
+	err := s.call(ctx, "read a request", func(ctx context.Context) error {
+		b, err := s.c.Get(ctx, s.key("request", id)).Bytes()
+		if errors.Is(err, redis.Nil) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		var v Request
+		if err := json.Unmarshal(b, &v); err != nil || v.ID != id {
+			return nil // not ours: as good as nothing
+		}
+		r = &v
+		return nil
+	})
+	return r, err
+}
+
+// Step returns the requests of a step that were noted with a live credential.
+func (s *Store) Step(ctx context.Context, orchestrator, run, step string) ([]string, error) {
+	var ids []string
+	err := s.call(ctx, "read a step", func(ctx context.Context) (err error) {
+		ids, err = s.c.SMembers(ctx, s.key("step", orchestrator, run, step)).Result()
+		return err
+	})
+	return ids, err
+}
+
+// Due returns up to limit requests whose credential ends at or before now, the
+// earliest first.
+func (s *Store) Due(ctx context.Context, now time.Time, limit int) ([]string, error) {
+	var ids []string
+	err := s.call(ctx, "read what is due", func(ctx context.Context) (err error) {
+		ids, err = s.c.ZRangeArgs(ctx, redis.ZRangeArgs{
+			Key: s.key("due"), ByScore: true, Start: "-inf",
+			Stop: strconv.FormatInt(now.UnixMilli(), 10), Count: int64(limit),
+		}).Result()
+		return err
+	})
+	return ids, err
+}
+
+// Forget takes a request off the due list and its step's set: the ledger does
+// not know it as live.
+func (s *Store) Forget(ctx context.Context, id string) error {
+	return s.call(ctx, "forget a request", func(ctx context.Context) error {
+		return s.c.ZRem(ctx, s.key("due"), id).Err()
+	})
+}
+
+// Claim takes name for as long as life, and reports whether nobody else holds
+// it. Two who both believe to hold a claim do the same work twice, no harm.
+func (s *Store) Claim(ctx context.Context, name string, life time.Duration) (bool, error) {
+	var ok bool
+	err := s.call(ctx, "claim", func(ctx context.Context) error {
+		err := s.c.SetArgs(ctx, s.key("claim", name), "1", redis.SetArgs{Mode: "NX", TTL: life}).Err()
+		if errors.Is(err, redis.Nil) {
+			return nil
+		}
+		ok = err == nil
+		return err
+	})
+	return ok, err
+}
+
+// Wake returns a channel that receives when something is noted about request,
+// until stop is called. It is a hint: messages may be lost, and the channel
+// says nothing when Redis is gone.
+func (s *Store) Wake(ctx context.Context, request string) (wake <-chan struct{}, stop func()) {
+	sub := s.c.Subscribe(ctx, s.key("wake", request))
+	out, in := make(chan struct{}, 1), sub.Channel()
+	go func() {
+		for range in {
+			select {
+			case out <- struct{}{}:
+			default:
+			}
+		}
+	}()
+	return out, func() { _ = sub.Close() }
+}
