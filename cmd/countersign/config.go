@@ -1,0 +1,270 @@
+package main
+
+import (
+	"bytes"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"net/url"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/goccy/go-yaml"
+)
+
+// serveConfig is the file of `countersign serve`. Every secret is named by
+// the file that holds it. docs/operations.md is its reference.
+type serveConfig struct {
+	Listen        listenConfig   `yaml:"listen"`
+	PublicURL     string         `yaml:"public_url"`    // where orchestrators and relying parties reach Listen; the `iss` of step identity tokens
+	TrustDomain   string         `yaml:"trust_domain"`  // of SPIFFE IDs
+	IdentityKey   string         `yaml:"identity_key"`  // file; several brokers share one
+	IdentityLead  time.Duration  `yaml:"identity_lead"` // how long a new key is published before it signs
+	PrivacyKey    string         `yaml:"privacy_key"`   // file
+	Catalogue     string         `yaml:"catalogue"`     // file
+	Policy        string         `yaml:"policy"`        // file, optional
+	Recorder      recorderConfig `yaml:"recorder"`
+	Vault         vaultConfig    `yaml:"vault"`
+	Redis         redisConfig    `yaml:"redis"`
+	Orchestrators callersConfig  `yaml:"orchestrators"`
+	FirstTTL      time.Duration  `yaml:"first_ttl"` // of a child token until its issuance is on record; also the grace for abandoned intents
+	Drain         time.Duration  `yaml:"drain"`     // how long SIGTERM waits for calls under way
+}
+
+// recordConfig is the file of `countersign record`.
+type recordConfig struct {
+	Listen     listenConfig  `yaml:"listen"`
+	Dir        string        `yaml:"dir"`         // holds the ledger's database
+	HeadFile   string        `yaml:"head_file"`   // outside the database; best on another disk
+	KeysFile   string        `yaml:"keys_file"`   // keys of erasable texts; keep it out of the database's backups
+	LogKey     string        `yaml:"log_key"`     // file
+	PrivacyKey string        `yaml:"privacy_key"` // file
+	Tokens     string        `yaml:"tokens"`      // file of token hashes: writers and reviewers
+	Grace      time.Duration `yaml:"grace"`       // age at which another writer's open intent may be closed
+	Publish    time.Duration `yaml:"publish"`     // between published checkpoints
+	Drain      time.Duration `yaml:"drain"`
+}
+
+type listenConfig struct {
+	Addr     string `yaml:"addr"`
+	Cert     string `yaml:"cert"`      // file, PEM
+	Key      string `yaml:"key"`       // file, PEM
+	ClientCA string `yaml:"client_ca"` // file, PEM: whose client certificates name writers (record only)
+	Insecure bool   `yaml:"insecure_listen"`
+}
+
+type recorderConfig struct {
+	URL      string `yaml:"url"`
+	Writer   string `yaml:"writer"` // this broker's name at the recorder
+	Token    string `yaml:"token_file"`
+	Cert     string `yaml:"cert"` // client certificate instead of a token
+	Key      string `yaml:"key"`
+	CA       string `yaml:"ca"`
+	LogKey   string `yaml:"log_key"`   // the log's verifier key itself: it is no secret
+	HeadFile string `yaml:"head_file"` // the last head this broker saw
+}
+
+type vaultConfig struct {
+	Addr      string         `yaml:"addr"`
+	Namespace string         `yaml:"namespace"`
+	CA        string         `yaml:"ca"`
+	Token     string         `yaml:"token_file"`
+	AppRole   *appRoleConfig `yaml:"approle"`
+}
+
+type appRoleConfig struct {
+	Mount    string `yaml:"mount"`
+	RoleID   string `yaml:"role_id"`
+	SecretID string `yaml:"secret_id_file"`
+}
+
+type redisConfig struct {
+	URL      string `yaml:"url_file"` // file, since a Redis URL may hold a password
+	Embedded bool   `yaml:"embedded"`
+}
+
+// callersConfig says who may call as an orchestrator.
+type callersConfig struct {
+	Tokens string       `yaml:"tokens"` // file of token hashes
+	OIDC   []oidcConfig `yaml:"oidc"`
+}
+
+// oidcConfig maps an OIDC issuer's JWTs to orchestrators.
+type oidcConfig struct {
+	Issuer       string            `yaml:"issuer"`
+	Audience     string            `yaml:"audience"`
+	JWKS         string            `yaml:"jwks_url"`     // discovered from the issuer when empty
+	Claims       map[string]string `yaml:"claims"`       // claim to the value it must have
+	Orchestrator string            `yaml:"orchestrator"` // name of the one it maps to
+	Claim        string            `yaml:"claim"`        // or the claim that holds the name
+}
+
+// loadConfig reads a YAML file into c. Unknown and duplicate keys are refused
+// with their place in the file.
+func loadConfig(path string, c any) error {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	if err := yaml.NewDecoder(bytes.NewReader(b), yaml.Strict()).Decode(c); err != nil {
+		var at yaml.Error
+		if errors.As(err, &at) && at.GetToken() != nil {
+			p := at.GetToken().Position
+			return fmt.Errorf("%s:%d:%d: %s; docs/operations.md lists every key", path, p.Line, p.Column, at.GetMessage())
+		}
+		return fmt.Errorf("%s: %w", path, err)
+	}
+	return nil
+}
+
+// check refuses what would start but should not run.
+func (c *serveConfig) check() error {
+	if err := c.Listen.check(); err != nil {
+		return err
+	}
+	if err := due([][2]string{
+		{"public_url", c.PublicURL}, {"trust_domain", c.TrustDomain}, {"identity_key", c.IdentityKey},
+		{"privacy_key", c.PrivacyKey}, {"catalogue", c.Catalogue}, {"recorder.url", c.Recorder.URL},
+		{"recorder.writer", c.Recorder.Writer}, {"recorder.log_key", c.Recorder.LogKey}, {"recorder.head_file", c.Recorder.HeadFile}, {"vault.addr", c.Vault.Addr},
+	}); err != nil {
+		return err
+	}
+	switch {
+	case c.Recorder.Token == "" && c.Recorder.Cert == "":
+		return errors.New("recorder: set token_file, or cert and key")
+	case (c.Vault.Token == "") == (c.Vault.AppRole == nil):
+		return errors.New("vault: set either token_file or approle")
+	case c.Orchestrators.Tokens == "" && len(c.Orchestrators.OIDC) == 0:
+		return errors.New("orchestrators: set tokens, oidc or both; otherwise nobody can ask")
+	case (c.Redis.URL == "") == !c.Redis.Embedded:
+		return errors.New("redis: set either url_file (several brokers share one) or embedded: true (a single broker)")
+	}
+	for _, kv := range [][2]string{{"recorder.url", c.Recorder.URL}, {"vault.addr", c.Vault.Addr}} {
+		if err := secureURL(kv[1]); err != nil {
+			return fmt.Errorf("%s: %w", kv[0], err)
+		}
+	}
+	return nil
+}
+
+func (c *recordConfig) check() error {
+	if err := c.Listen.check(); err != nil {
+		return err
+	}
+	return due([][2]string{{"dir", c.Dir}, {"log_key", c.LogKey}, {"privacy_key", c.PrivacyKey}, {"tokens", c.Tokens}})
+}
+
+// due names the first of the settings that has no value.
+func due(settings [][2]string) error {
+	for _, kv := range settings {
+		if kv[1] == "" {
+			return fmt.Errorf("%s is not set", kv[0])
+		}
+	}
+	return nil
+}
+
+func (l *listenConfig) check() error {
+	if l.Addr == "" {
+		return errors.New("listen.addr is not set")
+	}
+	if (l.Cert == "") != (l.Key == "") {
+		return errors.New("listen: cert and key go together")
+	}
+	if l.ClientCA != "" && l.Cert == "" {
+		return errors.New("listen.client_ca needs cert and key: client certificates come with TLS")
+	}
+	if l.Cert == "" && !l.Insecure && !loopback(l.Addr) {
+		return fmt.Errorf("listen.addr %s is reachable from elsewhere and has no TLS, so that credentials would cross the network in the clear: set cert and key, or insecure_listen: true where something in front ends TLS", l.Addr)
+	}
+	return nil
+}
+
+// tls returns the listener's TLS configuration, nil for a plain one.
+func (l *listenConfig) tls() (*tls.Config, error) {
+	if l.Cert == "" {
+		return nil, nil
+	}
+	cert, err := tls.LoadX509KeyPair(l.Cert, l.Key)
+	if err != nil {
+		return nil, fmt.Errorf("listen: %w", err)
+	}
+	c := &tls.Config{MinVersion: tls.VersionTLS12, Certificates: []tls.Certificate{cert}}
+	if l.ClientCA != "" {
+		if c.ClientCAs, err = certPool(l.ClientCA); err != nil {
+			return nil, fmt.Errorf("listen.client_ca: %w", err)
+		}
+		// Given, not required: reviewers come with a token and no certificate.
+		c.ClientAuth = tls.VerifyClientCertIfGiven
+	}
+	return c, nil
+}
+
+// open listens on l.Addr.
+func (l *listenConfig) open() (net.Listener, error) {
+	conf, err := l.tls()
+	if err != nil {
+		return nil, err
+	}
+	ln, err := net.Listen("tcp", l.Addr)
+	if err != nil {
+		return nil, fmt.Errorf("listen: %w", err)
+	}
+	if conf != nil {
+		conf.NextProtos = []string{"h2", "http/1.1"}
+		ln = tls.NewListener(ln, conf)
+	}
+	return ln, nil
+}
+
+func certPool(path string) (*x509.CertPool, error) {
+	pem, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	pool := x509.NewCertPool()
+	if !pool.AppendCertsFromPEM(pem) {
+		return nil, fmt.Errorf("%s holds no PEM certificate", path)
+	}
+	return pool, nil
+}
+
+// loopback reports whether addr can be reached from this machine alone. A
+// name other than localhost may resolve to anything, and an empty host is
+// every interface.
+func loopback(addr string) bool {
+	host, _, err := net.SplitHostPort(addr)
+	if err != nil {
+		return false
+	}
+	if host == "localhost" {
+		return true
+	}
+	ip, err := netip.ParseAddr(host)
+	return err == nil && ip.IsLoopback()
+}
+
+// secureURL refuses a URL over which a token would travel in the clear.
+func secureURL(raw string) error {
+	u, err := url.Parse(raw)
+	switch {
+	case err != nil || u.Host == "":
+		return fmt.Errorf("%q is not a URL", raw)
+	case u.Scheme == "https":
+		return nil
+	case u.Scheme == "http":
+		host := u.Host
+		if u.Port() == "" {
+			host = net.JoinHostPort(strings.Trim(u.Host, "[]"), "80")
+		}
+		if loopback(host) {
+			return nil
+		}
+		return fmt.Errorf("%s would carry tokens in the clear: use https", raw)
+	}
+	return fmt.Errorf("%q is neither https nor http", raw)
+}
