@@ -287,6 +287,13 @@ func (s *Store) Claim(ctx context.Context, name string, life time.Duration) (boo
 	return ok, err
 }
 
+// Release gives a claim back before its time.
+func (s *Store) Release(ctx context.Context, name string) error {
+	return s.call(ctx, "release a claim", func(ctx context.Context) error {
+		return s.c.Del(ctx, s.key("claim", name)).Err()
+	})
+}
+
 // Wake returns a channel that receives when something is noted about request,
 // until stop is called. It is a hint: messages may be lost, and the channel
 // says nothing when Redis is gone.

@@ -1,0 +1,551 @@
+package broker
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/base64"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/countersign-dev/countersign/issuer"
+	"github.com/countersign-dev/countersign/scopes"
+	"github.com/countersign-dev/countersign/store"
+	"github.com/countersign-dev/countersign/store/inflight"
+)
+
+// Why a credential was undone, as the record's cause.
+const (
+	CauseTTL         = "ttl"
+	CauseRequested   = "requested"
+	CauseFinished    = "step finished"
+	CauseRetry       = "retry"
+	CauseUndelivered = "not delivered" // it was issued, and nobody was given it
+	CauseAbandoned   = "no outcome"    // of an intent
+)
+
+// otherBroker is how long after a credential was issued by another broker a
+// call under the same key is taken to have overlapped the first one's answer.
+const otherBroker = 250 * time.Millisecond
+
+// Request is the life of one call for a credential (docs: the life of one
+// request). It returns a Reply with a credential only when request, intent and
+// issuance are on record.
+func (b *Broker) Request(ctx context.Context, c Caller, ask Ask) (*Reply, error) {
+	if ask.Arrived.IsZero() {
+		ask.Arrived = b.Now()
+	}
+	if !b.begin() {
+		return nil, ErrShuttingDown
+	}
+	defer b.work.Done()
+	for name, v := range map[string]string{"step": ask.Step, "run": ask.Run, "orchestrator": c.Orchestrator} {
+		if !store.ValidID(v) {
+			return nil, fmt.Errorf("%w: %s %.140q is not a valid ID", ErrMalformed, name, v)
+		}
+	}
+	if err := b.state(ctx); err != nil {
+		return nil, err
+	}
+	p, err := b.plan(ctx, c, ask)
+	if err != nil {
+		return nil, err
+	}
+	if p.verdict.Outcome != store.Allow {
+		return nil, b.deny(ctx, p)
+	}
+	for range 8 { // each turn needs another call to have failed in between
+		reply, err := b.open(ctx, p)
+		oe, joined := store.IsOrder(err, store.OrderJoined)
+		if !joined || oe.Request == nil {
+			return reply, err
+		}
+		reply, again, err := b.join(ctx, p, oe.Request)
+		if !again {
+			return reply, err
+		}
+	}
+	return nil, ErrClosed
+}
+
+// plan is one call, decided.
+type plan struct {
+	caller  Caller
+	ask     Ask
+	verdict *scopes.Verdict
+	policy  string // digest
+	join    string
+	body    string
+	agent   string
+}
+
+func (b *Broker) plan(ctx context.Context, c Caller, ask Ask) (*plan, error) {
+	set := b.Scopes.Current()
+	p := &plan{caller: c, ask: ask, policy: set.Digest(), agent: issuer.SPIFFEID(b.TrustDomain, c.Orchestrator, ask.Run, ask.Step)}
+	v, err := set.Decide(ctx, scopes.Ask{
+		Agent: p.agent, Orchestrator: c.Orchestrator, Run: ask.Run, Step: ask.Step, Scope: ask.Scope, TTL: ask.TTL,
+		Params: ask.Params, Delivery: ask.Delivery, PublicKey: ask.PublicKey, Audience: ask.Audience,
+		Subject: ask.Subject, SubjectProved: ask.Proved, Reason: ask.Reason, Time: b.Now(),
+	})
+	if err != nil {
+		return nil, err
+	}
+	if v.Err != nil {
+		b.Log.Error("policy could not be evaluated; the request is denied", zap.String("scope", ask.Scope), zap.Error(v.Err))
+	}
+	p.verdict = v
+	p.body = b.PrivacyKey.Digest("body", string(ask.Body))
+	if ask.Key != "" {
+		p.join = b.PrivacyKey.Digest("join", c.Orchestrator, ask.Step, "key", ask.Key)
+	} else {
+		p.join = b.PrivacyKey.Digest("join", c.Orchestrator, ask.Step, "body", p.body)
+	}
+	return p, nil
+}
+
+// requested is the entry step.requested of p.
+func (b *Broker) requested(p *plan, outcome store.Outcome, reasons []string) *store.Submission {
+	s := b.submission(store.StepRequested, &store.Entry{
+		Agent: p.agent, Orchestrator: p.caller.Orchestrator, Run: p.ask.Run, Step: p.ask.Step,
+		Request: newRequestID(), Resource: p.verdict.Grant.Target, Action: p.verdict.Grant.Scope,
+		Decision: &store.Decision{Outcome: outcome, Policy: p.policy, Reasons: append([]string{}, reasons...)},
+		Risk:     &store.Risk{Sensitivity: p.verdict.Scope.Sensitivity},
+	})
+	if p.ask.Subject != "" {
+		s.Subject = &store.Subject{ID: b.PrivacyKey.Pseudonym(p.ask.Subject), Proved: p.ask.Proved}
+	}
+	d := store.RequestedDetails{Grant: p.verdict.Grant, Body: p.body, Keyed: p.ask.Key != ""}
+	if outcome == store.Allow {
+		d.Join = p.join
+	}
+	s.SetDetails(d)
+	s.Seal(store.SealedReason, p.ask.Reason)
+	s.Seal(store.SealedSubject, p.ask.Subject)
+	return s
+}
+
+// deny puts a refusal on record, and returns it.
+func (b *Broker) deny(ctx context.Context, p *plan) error {
+	reasons := p.verdict.Reasons
+	if p.verdict.Outcome == store.NeedsApproval {
+		reasons = append([]string{"needs approval"}, reasons...)
+	}
+	s := b.requested(p, store.Deny, reasons)
+	// A crash after this append leaves a denial that nobody was told; the next
+	// call is decided anew.
+	if _, err := b.append(ctx, s); err != nil {
+		return err
+	}
+	b.note(inflight.Request{ID: s.Request, Orchestrator: s.Orchestrator, Run: s.Run, Step: s.Step, Scope: s.Action, Status: string(store.StatusDenied)})
+	return &Denied{Request: s.Request, Reasons: reasons}
+}
+
+// open puts request and intent on record in one append, and mints. Where
+// another request holds the join, the error is an *store.OrderError with
+// store.OrderJoined, and nothing is on record.
+func (b *Broker) open(ctx context.Context, p *plan) (*Reply, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	req := b.requested(p, store.Allow, p.verdict.Reasons)
+	story := req.Entry
+	intent := b.submission(store.CredentialIssuing, &story)
+	intent.SetDetails(store.IssuingDetails{Attempt: 1, Grant: p.verdict.Grant.Digest(),
+		NotPast: store.At(b.Now().Add(time.Duration(p.verdict.Grant.TTL)))})
+
+	b.calls.started(req.Request, intent.ID)
+	defer b.calls.ended(intent.ID)
+	// From the intent on the caller may go: what was begun is brought to its
+	// end, and its outcome put on record.
+	work, cancel := context.WithTimeout(context.WithoutCancel(ctx), b.MintTimeout)
+	defer cancel()
+	// A crash after this append leaves an intent without an outcome. It is
+	// closed as abandoned, by this broker when it is back or by any other once
+	// it is older than the grace.
+	app, err := b.append(work, req, intent)
+	if err != nil {
+		b.calls.forget(req.Request)
+		return nil, err
+	}
+	return b.mint(ctx, work, p, mint{story: &story, intent: intent.ID, attempt: 1,
+		warrant: store.Warrant{Request: app.Receipt(0), Intent: app.Receipt(1)}})
+}
+
+// mint is one intent on record that is to become a credential.
+type mint struct {
+	story   *store.Entry
+	intent  string
+	attempt int
+	warrant store.Warrant
+}
+
+// mint turns an intent on record into a credential that is on record, and
+// only then returns it. Every way out puts an outcome on record, or leaves it
+// to the keeper where the recorder does not answer.
+// caller is the call's own context, ctx the one in which the work is done.
+func (b *Broker) mint(caller, ctx context.Context, p *plan, m mint) (reply *Reply, err error) {
+	request := m.story.Request
+	defer func() {
+		if err != nil {
+			b.calls.answered(request, b.Now())
+		}
+	}()
+	// A crash in Mint or after it leaves a secret that nobody holds. It dies by
+	// its first TTL; the intent is closed as abandoned.
+	minted, err := b.Issuer.Mint(ctx, m.warrant)
+	if err != nil {
+		b.discard(request, minted)
+		return nil, b.failed(p, m, err)
+	}
+	minted.Issued.Intent, minted.Issued.Attempt = m.intent, m.attempt
+	s := b.submission(store.CredentialIssued, m.story)
+	s.SetDetails(minted.Issued)
+	// A crash after this append leaves a live credential whose holder never got
+	// it: a retry under the same key revokes it, or it ends by its first TTL
+	// and is closed when it is due.
+	app, err := b.append(ctx, s)
+	if err != nil {
+		// Whether it is on record is not known, so it must not be handed over.
+		// Where the recorder has it after all, the keeper finds it condemned.
+		b.index.condemn(request, CauseUndelivered)
+		b.discard(request, minted)
+		if _, refused := store.IsOrder(err); refused || errors.Is(err, store.ErrMalformed) {
+			return nil, b.failed(p, m, err)
+		}
+		return nil, fmt.Errorf("record the credential of request %s: %w", request, unavailable(err))
+	}
+	// A crash between Activate and the reply leaves the same, with its full
+	// TTL.
+	if err := b.Issuer.Activate(ctx, minted); err != nil {
+		b.index.condemn(request, CauseUndelivered)
+		b.finally(func(ctx context.Context) error {
+			return b.end(ctx, request, store.CredentialRevoked, CauseUndelivered)
+		})
+		return nil, vaultError(err)
+	}
+	if err := caller.Err(); err != nil {
+		b.index.condemn(request, CauseUndelivered)
+	}
+	if t, ok := b.index.get(request); !ok || !t.live || t.intent != m.intent || t.condemned != "" {
+		// The caller is gone, or the step was ended while this was under way.
+		b.finally(func(ctx context.Context) error {
+			return b.end(ctx, request, store.CredentialRevoked, CauseUndelivered)
+		})
+		if err := caller.Err(); err != nil {
+			return nil, err
+		}
+		return nil, ErrClosed
+	}
+	b.note(inflight.Request{ID: request, Orchestrator: m.story.Orchestrator, Run: m.story.Run, Step: m.story.Step,
+		Scope: m.story.Action, Status: string(store.StatusIssued), Expires: minted.Issued.Expires.Time})
+	issued, err := store.ParseLeaf(app.Entries[0].Leaf)
+	if err != nil {
+		return nil, err
+	}
+	hash := store.LeafHash(app.Entries[0].Leaf)
+	reply = &Reply{
+		Request: request, Step: m.story.Step, Run: m.story.Run, Identity: m.story.Agent, Scope: m.story.Action, Target: m.story.Resource,
+		Credential: minted.Credential, IssuedAt: issued.Time.Time, Expires: minted.Issued.Expires.Time,
+		Index: app.Entries[0].Index, LeafHash: base64.StdEncoding.EncodeToString(hash[:]),
+		Answered: func() { b.calls.answered(request, b.Now()) },
+	}
+	if p.ask.Receipt {
+		r := app.Receipt(0)
+		reply.Receipt = r.TlogProof()
+	}
+	return reply, nil
+}
+
+// failed puts on record that an intent came to nothing, and returns what the
+// caller is told.
+func (b *Broker) failed(p *plan, m mint, cause error) error {
+	told, slug := vaultError(cause), "internal"
+	switch {
+	case errors.Is(told, issuer.ErrVaultUnavailable), errors.Is(told, issuer.ErrVaultRefused):
+		slug = "vault-unavailable"
+	}
+	stage := issuer.Stage(cause)
+	if stage == "" {
+		stage = "mint"
+		if _, refused := store.IsOrder(cause); refused {
+			stage = "record"
+		}
+	}
+	s := b.submission(store.CredentialFailed, m.story)
+	s.SetDetails(store.FailedDetails{Intent: m.intent, Attempt: m.attempt, Problem: slug, Stage: stage})
+	b.Log.Warn("credential not minted", zap.String("request", m.story.Request), zap.String("stage", stage), zap.Error(cause))
+	err := b.finally(func(ctx context.Context) error {
+		_, err := b.append(ctx, s)
+		return err
+	})
+	if err != nil && !errors.Is(err, store.ErrUnavailable) {
+		b.Log.Warn("failure not recorded", zap.String("request", m.story.Request), zap.Error(err))
+	}
+	b.note(inflight.Request{ID: m.story.Request, Orchestrator: m.story.Orchestrator, Run: m.story.Run, Step: m.story.Step,
+		Scope: m.story.Action, Status: string(store.StatusFailed)})
+	return told
+}
+
+// discard revokes, as far as it can, what must not be handed over.
+func (b *Broker) discard(request string, m *issuer.Minted) {
+	if m == nil {
+		return
+	}
+	if err := b.finally(func(ctx context.Context) error { return b.Issuer.Discard(ctx, m) }); err != nil {
+		b.Log.Warn("credential not discarded; it dies by its first TTL", zap.String("request", request), zap.Error(err))
+	}
+}
+
+// finally runs fn with a time of its own, since what led to it may have been
+// that time had run out.
+func (b *Broker) finally(fn func(context.Context) error) error {
+	ctx, cancel := context.WithTimeout(b.ctx, 5*time.Second)
+	defer cancel()
+	return fn(ctx)
+}
+
+// join is a call that finds its request under way or answered. again says
+// that the request came to nothing, and the call may open a new one.
+func (b *Broker) join(ctx context.Context, p *plan, r *store.Request) (reply *Reply, again bool, err error) {
+	if p.ask.Key != "" && r.Body != p.body {
+		return nil, false, ErrIdempotency
+	}
+	if !r.Minting && r.Status == store.StatusIssued {
+		reply, err := b.retry(ctx, p, r)
+		return reply, false, err
+	}
+	wait := b.JoinWait
+	if p.ask.Wait > 0 {
+		wait = p.ask.Wait
+	}
+	out := time.NewTimer(wait)
+	defer out.Stop()
+	poll := time.NewTicker(time.Second)
+	defer poll.Stop()
+	w := b.index.watch(r.ID)
+	defer w.stop()
+	wake, stop := b.Inflight.Wake(ctx, r.ID)
+	defer stop()
+	for {
+		t, known := w.latest()
+		switch {
+		case known && (t.minting || t.status == store.StatusApproved):
+		case known && t.status == store.StatusFailed && t.attempt <= 1:
+			return nil, true, nil
+		case known:
+			return nil, false, ErrClosed
+		}
+		look := !known
+		if !look {
+			select {
+			case <-w.C:
+				continue
+			case <-wake:
+				look = true
+			case <-poll.C:
+				look = true
+			case <-out.C:
+				return &Reply{Request: r.ID, Status: store.StatusApproved}, false, nil
+			case <-b.draining:
+				return nil, false, ErrShuttingDown
+			case <-ctx.Done():
+				return nil, false, ctx.Err()
+			}
+		}
+		if look {
+			// Redis may say anything; what counts is what the recorder says.
+			found, err := b.refresh(ctx, r.ID)
+			if err != nil {
+				return nil, false, err
+			}
+			if t, known := w.latest(); !known || !found && t.minting {
+				// It was closed and is no longer remembered. A key would be, had
+				// there been a credential; without a key nobody can tell.
+				if p.ask.Key != "" {
+					return nil, true, nil
+				}
+				return nil, false, ErrClosed
+			}
+		}
+	}
+}
+
+// retry is a call under a key whose request was answered: once, soon after,
+// and where the credential can be called back, it replaces what was issued.
+func (b *Broker) retry(ctx context.Context, p *plan, r *store.Request) (*Reply, error) {
+	if !r.Keyed || !r.Revocable || r.Attempt != 1 || b.Now().Sub(r.IssuedAt.Time) > store.RetryWindow || !r.NotPast.After(b.Now()) {
+		return nil, ErrClosed
+	}
+	// A call that was there before the first was answered is no retry: its
+	// sender holds, or will hold, what the first got.
+	if at, here := b.calls.answer(r.ID); here {
+		if at.IsZero() || !p.ask.Arrived.After(at) {
+			return nil, ErrClosed
+		}
+	} else if !p.ask.Arrived.After(r.IssuedAt.Add(otherBroker)) {
+		return &Reply{Request: r.ID, Status: store.StatusApproved}, nil
+	}
+	app, err := b.Recorder.Open(ctx, r.ID)
+	if err != nil {
+		return nil, unavailable(err)
+	}
+	entries, err := parse(app)
+	if err != nil {
+		return nil, err
+	}
+	b.index.apply(entries...)
+	t, ok := b.index.get(r.ID)
+	if !ok || t.attempt != 1 || t.minting || !t.live && t.cause != CauseUndelivered {
+		return nil, ErrClosed // ended on purpose, or another call was quicker
+	}
+	var request *store.Receipt
+	for i, e := range entries {
+		if e.Type == store.StepRequested && e.Request == r.ID {
+			receipt := app.Receipt(i)
+			request = &receipt
+		}
+	}
+	if request == nil || p.verdict.Grant.Digest() != r.Grant {
+		return nil, ErrClosed // what would be granted has changed
+	}
+	subs := []*store.Submission{}
+	if t.live {
+		// A crash after Revoke leaves a credential that is dead in Vault and live
+		// on record: another retry, or the keeper when it is due, revokes it
+		// again, which Vault takes as done, and closes it.
+		if err := b.Issuer.Revoke(ctx, t.issued); err != nil {
+			return nil, vaultError(err)
+		}
+		revoked := b.submission(store.CredentialRevoked, t.story)
+		revoked.Cause = store.Ptr(CauseRetry)
+		revoked.SetDetails(store.ClosedDetails{Intent: t.intent, Attempt: t.attempt})
+		subs = append(subs, revoked)
+	}
+	intent := b.submission(store.CredentialIssuing, t.story)
+	intent.Decision = &store.Decision{Outcome: store.Allow, Policy: p.policy, Reasons: append([]string{}, p.verdict.Reasons...)}
+	intent.SetDetails(store.IssuingDetails{Attempt: 2, Grant: r.Grant, NotPast: r.NotPast})
+	subs = append(subs, intent)
+
+	b.calls.started(r.ID, intent.ID)
+	defer b.calls.ended(intent.ID)
+	work, cancel := context.WithTimeout(context.WithoutCancel(ctx), b.MintTimeout)
+	defer cancel()
+	// A crash after this append leaves an intent without an outcome, as after
+	// the first.
+	done, err := b.append(work, subs...)
+	if _, refused := store.IsOrder(err); refused {
+		return nil, ErrClosed // another broker's retry was quicker
+	}
+	if err != nil {
+		return nil, err
+	}
+	return b.mint(ctx, work, p, mint{story: t.story, intent: intent.ID, attempt: 2,
+		warrant: store.Warrant{Request: *request, Intent: done.Receipt(len(subs) - 1)}})
+}
+
+// submission starts an entry of type t that repeats the story of its request.
+func (b *Broker) submission(t store.Type, story *store.Entry) *store.Submission {
+	s := &store.Submission{Entry: store.Entry{
+		V: store.Version, ID: store.NewID(), Type: t, WriterTime: store.At(b.Now()),
+		Agent: story.Agent, Subject: story.Subject, Orchestrator: story.Orchestrator, Run: story.Run, Step: story.Step,
+		Request: story.Request, Resource: story.Resource, Action: story.Action, Decision: story.Decision, Risk: story.Risk,
+	}}
+	s.SetDetails(struct{}{})
+	return s
+}
+
+// append puts entries on record and takes what the recorder answered into the
+// index.
+func (b *Broker) append(ctx context.Context, subs ...*store.Submission) (*store.Appended, error) {
+	app, err := b.Recorder.Append(ctx, subs...)
+	if err != nil {
+		return nil, unavailable(err)
+	}
+	if len(app.Entries) != len(subs) {
+		return nil, fmt.Errorf("%w: the recorder answered %d entries for %d", store.ErrUnavailable, len(app.Entries), len(subs))
+	}
+	entries, err := parse(app)
+	if err != nil {
+		return nil, unavailable(err)
+	}
+	b.index.apply(entries...)
+	return app, nil
+}
+
+// refresh takes what the recorder says is open of one request into the index,
+// and reports whether it is.
+func (b *Broker) refresh(ctx context.Context, id string) (bool, error) {
+	app, err := b.Recorder.Open(ctx, id)
+	if err != nil {
+		return false, unavailable(err)
+	}
+	entries, err := parse(app)
+	if err != nil {
+		return false, unavailable(err)
+	}
+	b.index.apply(entries...)
+	return len(entries) > 0, nil
+}
+
+// unavailable marks every error of the recorder that is not a refusal as one
+// after which the outcome is not known.
+func unavailable(err error) error {
+	if _, refused := store.IsOrder(err); refused || err == nil ||
+		errors.Is(err, store.ErrUnavailable) || errors.Is(err, store.ErrMalformed) || errors.Is(err, store.ErrConflict) {
+		return err
+	}
+	return fmt.Errorf("%w: %w", store.ErrUnavailable, err)
+}
+
+// vaultError marks errors of the issuer that name no kind.
+func vaultError(err error) error {
+	if err == nil || errors.Is(err, issuer.ErrVaultUnavailable) || errors.Is(err, issuer.ErrVaultRefused) {
+		return err
+	}
+	return fmt.Errorf("%w: %w", ErrMint, err)
+}
+
+// state makes sure that what is under way can be known: Redis answers, and
+// holds what was written to it.
+func (b *Broker) state(ctx context.Context) error {
+	select {
+	case <-b.index.ready:
+	default:
+		t := time.NewTimer(2 * time.Second)
+		defer t.Stop()
+		select {
+		case <-b.index.ready:
+		case <-t.C:
+			return fmt.Errorf("%w: what is open was not read yet", store.ErrUnavailable)
+		case <-b.draining:
+			return ErrShuttingDown
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	gen, err := b.Inflight.Generation(ctx)
+	if err != nil {
+		return err
+	}
+	if gen == "" {
+		return b.rebuild(ctx)
+	}
+	return nil
+}
+
+// note tells the other brokers where a request stands. Redis is no more than
+// quick: where it does not answer, they learn it from the ledger.
+func (b *Broker) note(r inflight.Request) {
+	if err := b.Inflight.Put(b.ctx, r); err != nil {
+		b.Log.Warn("state not noted", zap.String("request", r.ID), zap.Error(err))
+	}
+}
+
+func newRequestID() string {
+	var r [16]byte
+	rand.Read(r[:]) // never fails since Go 1.24
+	return "req_" + hex.EncodeToString(r[:])
+}

@@ -1,0 +1,360 @@
+package broker
+
+import (
+	"sync"
+	"time"
+
+	"github.com/countersign-dev/countersign/store"
+)
+
+// tracked is what this broker knows of one request, from entries that were
+// verified. It is a copy of what the ledger says, a moment late: it serves to
+// find credentials and to wake waiting calls, never to allow a mint.
+type tracked struct {
+	story    *store.Entry // step.requested without its details: what later entries repeat
+	join     string
+	keyed    bool
+	body     string
+	status   store.Status
+	attempt  int
+	intent   string
+	intentAt time.Time
+	writer   string // of the latest intent
+	minting  bool
+	live     bool
+	issued   store.IssuedDetails // of the latest credential.issued
+	issuedAt time.Time           // of the latest credential.issued
+	cause    string              // why the latest credential was closed
+	last     int64               // index of the latest entry applied
+	gone     bool                // closed; kept until the follower has passed it
+	forget   time.Time           // when a closed, keyed request is forgotten
+
+	condemned string // why a live credential is to end before its time
+}
+
+// index holds what is open.
+type index struct {
+	mu        sync.Mutex
+	requests  map[string]*tracked
+	steps     map[stepKey]map[string]bool // requests of a step
+	serials   map[string]string           // of a live identity token to its request
+	waiting   map[string]map[*waiter]bool
+	closed    []string // gone, to be dropped once the follower has passed them
+	cursor    int64    // all entries up to this index were applied
+	synced    bool
+	following bool
+	ready     chan struct{} // closed once synced
+}
+
+type stepKey struct{ orchestrator, run, step string }
+
+func newIndex() *index {
+	return &index{requests: map[string]*tracked{}, steps: map[stepKey]map[string]bool{},
+		serials: map[string]string{}, waiting: map[string]map[*waiter]bool{}, cursor: -1, ready: make(chan struct{})}
+}
+
+// apply takes entries into the index, in the order of the log. Entries that
+// are known already change nothing.
+func (x *index) apply(entries ...placed) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	for _, p := range entries {
+		x.one(p.Entry, p.Index)
+	}
+}
+
+// placed is an entry and where it stands in the log.
+type placed struct {
+	*store.Entry
+	Index int64
+}
+
+// parse reads the leaves of a verified answer.
+func parse(a *store.Appended) ([]placed, error) {
+	out := make([]placed, len(a.Entries))
+	for i, p := range a.Entries {
+		e, err := store.ParseLeaf(p.Leaf)
+		if err != nil {
+			return nil, err
+		}
+		out[i] = placed{e, p.Index}
+	}
+	return out, nil
+}
+
+func (x *index) one(e *store.Entry, at int64) {
+	t := x.requests[e.Request]
+	if t != nil && at <= t.last {
+		return
+	}
+	if t == nil {
+		if e.Type != store.StepRequested || e.Decision == nil || e.Decision.Outcome != store.Allow {
+			return
+		}
+		d, err := store.DetailsAs[store.RequestedDetails](e)
+		if err != nil {
+			return
+		}
+		story := *e
+		story.Details, story.Sealed = nil, nil
+		x.requests[e.Request] = &tracked{story: &story, join: d.Join, keyed: d.Keyed, body: d.Body, status: store.StatusApproved, last: at}
+		x.wake(e.Request)
+		return
+	}
+	t.last = at
+	switch e.Type {
+	case store.CredentialIssuing:
+		if d, err := store.DetailsAs[store.IssuingDetails](e); err == nil {
+			t.intent, t.attempt, t.minting, t.live, t.writer, t.intentAt, t.gone = e.ID, d.Attempt, true, false, e.Writer, e.Time.Time, false
+			t.forget, t.condemned = time.Time{}, ""
+			k := stepKey{e.Orchestrator, e.Run, e.Step}
+			if x.steps[k] == nil {
+				x.steps[k] = map[string]bool{}
+			}
+			x.steps[k][e.Request] = true
+			t.status = store.StatusApproved
+		}
+	case store.CredentialIssued:
+		if d, err := store.DetailsAs[store.IssuedDetails](e); err == nil {
+			t.minting, t.live, t.issued, t.issuedAt, t.status, t.cause = false, true, d, e.Time.Time, store.StatusIssued, ""
+			if d.Serial != "" {
+				x.serials[d.Serial] = e.Request
+			}
+		}
+	case store.CredentialFailed, store.CredentialAbandoned:
+		t.minting, t.status = false, store.StatusFailed
+		t.gone = t.attempt <= 1 || !t.keyed
+		x.close(t, e.Time.Time)
+	case store.CredentialRevoked, store.CredentialExpired:
+		t.live, t.status, t.condemned = false, store.StatusClosed, ""
+		if e.Cause != nil {
+			t.cause = *e.Cause
+		}
+		t.gone = !t.keyed
+		delete(x.serials, t.issued.Serial)
+		x.close(t, e.Time.Time)
+	case store.RequestWithdrawn:
+		t.status, t.gone = store.StatusWithdrawn, true
+		x.close(t, e.Time.Time)
+	case store.RequestVoid:
+		t.status, t.gone = store.StatusVoid, true
+		x.close(t, e.Time.Time)
+	}
+	x.wake(e.Request)
+}
+
+// close marks a request that nothing hangs on any more.
+func (x *index) close(t *tracked, at time.Time) {
+	if t.gone {
+		x.closed = append(x.closed, t.story.Request)
+	} else {
+		t.forget = at.Add(store.KeyLife)
+	}
+	k := stepKey{t.story.Orchestrator, t.story.Run, t.story.Step}
+	delete(x.steps[k], t.story.Request)
+	if len(x.steps[k]) == 0 {
+		delete(x.steps, k)
+	}
+}
+
+// passed notes that the follower has applied everything up to index, and
+// drops what is closed: no earlier entry can come and open it again.
+func (x *index) passed(at int64) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	x.cursor = max(x.cursor, at)
+	x.drop()
+}
+
+func (x *index) drop() {
+	keep := x.closed[:0]
+	for _, id := range x.closed {
+		switch t := x.requests[id]; {
+		case t == nil || !t.gone:
+		case t.last <= x.cursor:
+			delete(x.requests, id)
+		default:
+			keep = append(keep, id)
+		}
+	}
+	x.closed = keep
+}
+
+// forget drops closed requests whose idempotency key is no longer remembered.
+func (x *index) forget(now time.Time) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	for id, t := range x.requests {
+		if !t.forget.IsZero() && now.After(t.forget) {
+			delete(x.requests, id)
+		}
+	}
+}
+
+// merge takes the whole of what is open in a log of size entries: what the
+// index holds beyond it was closed while nobody looked.
+func (x *index) merge(open []placed, size int64, now time.Time) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	named := map[string]bool{}
+	for _, p := range open {
+		named[p.Request] = true
+		x.one(p.Entry, p.Index)
+	}
+	for id, t := range x.requests {
+		if !named[id] && t.last < size && !t.gone {
+			t.minting, t.live, t.gone, t.status = false, false, true, store.StatusClosed
+			delete(x.serials, t.issued.Serial)
+			x.close(t, now)
+			x.wake(id)
+		}
+	}
+	x.cursor = max(x.cursor, size-1)
+	x.drop()
+	x.following = true
+	if !x.synced {
+		x.synced = true
+		close(x.ready)
+	}
+}
+
+// vanish closes a request that the recorder no longer names as open.
+func (x *index) vanish(id string, now time.Time) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if t := x.requests[id]; t != nil && !t.gone {
+		t.minting, t.live, t.gone, t.status = false, false, true, store.StatusClosed
+		delete(x.serials, t.issued.Serial)
+		x.close(t, now)
+		x.wake(id)
+	}
+}
+
+// stale reports whether the follower is not up to date.
+func (x *index) stale() bool {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	return !x.following
+}
+
+// lost notes that the recorder is not followed any more.
+func (x *index) lost() {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	x.following = false
+}
+
+// get returns a copy of what is known of a request.
+func (x *index) get(id string) (tracked, bool) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	t := x.requests[id]
+	if t == nil {
+		return tracked{}, false
+	}
+	return *t, true
+}
+
+// condemn marks a credential, live or being minted, that is to end before its
+// time: it is not handed over any more, and the keeper goes on trying.
+func (x *index) condemn(id, cause string) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if t := x.requests[id]; t != nil && (t.live || t.minting) && t.condemned == "" {
+		t.condemned = cause
+	}
+}
+
+// step returns the requests of a step that have a live credential or one
+// being minted.
+func (x *index) step(k stepKey) []string {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	var ids []string
+	for id := range x.steps[k] {
+		ids = append(ids, id)
+	}
+	return ids
+}
+
+// pick returns the requests for which pick is true.
+func (x *index) pick(pick func(id string, t *tracked) bool) []string {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	var ids []string
+	for id, t := range x.requests {
+		if pick(id, t) {
+			ids = append(ids, id)
+		}
+	}
+	return ids
+}
+
+// serial returns the request of a live identity token.
+func (x *index) serial(jti string) (tracked, bool) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	t := x.requests[x.serials[jti]]
+	if t == nil || !t.live || t.issued.Serial != jti {
+		return tracked{}, false
+	}
+	return *t, true
+}
+
+// waiter is told what is applied to one request.
+type waiter struct {
+	C chan struct{} // receives when something was applied
+
+	x    *index
+	id   string
+	seen *tracked
+}
+
+// watch returns a waiter for a request; it must be stopped.
+func (x *index) watch(id string) *waiter {
+	w := &waiter{C: make(chan struct{}, 1), x: x, id: id}
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if x.waiting[id] == nil {
+		x.waiting[id] = map[*waiter]bool{}
+	}
+	x.waiting[id][w] = true
+	if t := x.requests[id]; t != nil {
+		c := *t
+		w.seen = &c
+	}
+	return w
+}
+
+// latest returns the request as it was after the last entry applied, also
+// where the index has dropped it since; false where none was ever seen.
+func (w *waiter) latest() (tracked, bool) {
+	w.x.mu.Lock()
+	defer w.x.mu.Unlock()
+	if w.seen == nil {
+		return tracked{}, false
+	}
+	return *w.seen, true
+}
+
+func (w *waiter) stop() {
+	w.x.mu.Lock()
+	defer w.x.mu.Unlock()
+	delete(w.x.waiting[w.id], w)
+	if len(w.x.waiting[w.id]) == 0 {
+		delete(w.x.waiting, w.id)
+	}
+}
+
+func (x *index) wake(id string) {
+	for w := range x.waiting[id] {
+		if t := x.requests[id]; t != nil {
+			c := *t
+			w.seen = &c
+		}
+		select {
+		case w.C <- struct{}{}:
+		default:
+		}
+	}
+}

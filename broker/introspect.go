@@ -1,0 +1,83 @@
+package broker
+
+import (
+	"context"
+	"fmt"
+
+	"go.uber.org/zap"
+
+	"github.com/countersign-dev/countersign/issuer"
+	"github.com/countersign-dev/countersign/store"
+)
+
+// Identity checks step identity tokens.
+type Identity interface {
+	Verify(token, audience string) (*issuer.Claims, error)
+}
+
+// UsedDetails are the details of credential.used.
+type UsedDetails struct {
+	Intent string `json:"intent"`
+	Via    string `json:"via"` // how the use was seen: introspection
+	By     string `json:"by"`  // the resource server that saw it
+	Use    string `json:"use"` // what it says the step did
+}
+
+// Introspect returns the claims of a step identity token whose credential is
+// live, and nil for any other token (RFC 7662, section 2.2: no reason is
+// given). With use, the resource server says what the token is used for, and
+// it is told that the token is good only when the use is on record.
+func (b *Broker) Introspect(ctx context.Context, server, token, use string) (*issuer.Claims, error) {
+	if !b.begin() {
+		return nil, ErrShuttingDown
+	}
+	defer b.work.Done()
+	if b.Identity == nil {
+		return nil, nil
+	}
+	claims, err := b.Identity.Verify(token, "")
+	if err != nil || claims.ID == "" || !store.ValidID(claims.Request) {
+		b.Log.Debug("token introspected and not known", zap.String("by", server))
+		return nil, nil
+	}
+	t, live := b.index.serial(claims.ID)
+	if !live || b.index.stale() {
+		// Another broker may have issued it a moment ago, or ended it while this
+		// one did not follow.
+		found, err := b.refresh(ctx, claims.Request)
+		if err != nil {
+			return nil, fmt.Errorf("introspect: %w", err)
+		}
+		if t, live = b.index.serial(claims.ID); !live || !found {
+			return nil, nil
+		}
+	}
+	if t.condemned != "" || !b.Now().Before(t.issued.Expires.Time) {
+		return nil, nil
+	}
+	if use != "" {
+		s := b.submission(store.CredentialUsed, t.story)
+		s.SetDetails(UsedDetails{Intent: t.intent, Via: "introspection", By: server, Use: use})
+		// A crash after this append leaves a use on record that the resource
+		// server did not go on with.
+		if _, err := b.append(ctx, s); err != nil {
+			return nil, err
+		}
+	}
+	return claims, nil
+}
+
+// Refused puts on record that a caller tried what its role does not allow.
+func (b *Broker) Refused(ctx context.Context, agent, action string, d store.RefusedDetails) error {
+	if !b.begin() {
+		return ErrShuttingDown
+	}
+	defer b.work.Done()
+	if agent == "" {
+		agent = b.agent()
+	}
+	s := b.submission(store.AccessRefused, &store.Entry{Agent: agent, Action: action})
+	s.SetDetails(d)
+	_, err := b.append(ctx, s)
+	return err
+}
