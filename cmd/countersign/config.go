@@ -204,23 +204,6 @@ func (l *listenConfig) tls() (*tls.Config, error) {
 	return c, nil
 }
 
-// open listens on l.Addr.
-func (l *listenConfig) open() (net.Listener, error) {
-	conf, err := l.tls()
-	if err != nil {
-		return nil, err
-	}
-	ln, err := net.Listen("tcp", l.Addr)
-	if err != nil {
-		return nil, fmt.Errorf("listen: %w", err)
-	}
-	if conf != nil {
-		conf.NextProtos = []string{"h2", "http/1.1"}
-		ln = tls.NewListener(ln, conf)
-	}
-	return ln, nil
-}
-
 func certPool(path string) (*x509.CertPool, error) {
 	pem, err := os.ReadFile(path)
 	if err != nil {

@@ -76,6 +76,7 @@ Start with: countersign dev`,
 	})
 	cmd.AddCommand(
 		keyCommand(),
+		scopesCommand(),
 		verifyCommand(),
 		versionCommand(),
 	)
