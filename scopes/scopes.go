@@ -6,8 +6,13 @@
 package scopes
 
 import (
-	"context"
+	"crypto/sha256"
+	"encoding/binary"
+	"encoding/hex"
 	"errors"
+	"fmt"
+	"io"
+	"os"
 	"regexp"
 	"time"
 
@@ -83,11 +88,11 @@ type Scope struct {
 
 	slug     string
 	ask      []*regexp.Regexp
-	data     []dataTemplate // Vault.Data in the order of its keys
-	path     template
-	target   template
-	inPath   map[string]bool // params that stand in path, role or target
-	byParam  map[string]int  // index into Params
+	byParam  map[string]int      // index into Params
+	strict   map[string]bool     // params that must be safe whatever their pattern says
+	path     template            // of the secret, mount and role included
+	target   template            //
+	data     map[string]template // of the write
 	position position
 }
 
@@ -201,16 +206,74 @@ type Verdict struct {
 // Load reads a catalogue and its policy. policyPath may be empty: then the
 // catalogue's own rules decide alone. The error is Problems where the files
 // could be read.
-func Load(cataloguePath, policyPath string) (*Set, error) { return nil, errors.New("not loaded") }
+func Load(cataloguePath, policyPath string) (*Set, error) {
+	catalogue, err := readFile(cataloguePath)
+	if err != nil {
+		return nil, fmt.Errorf("read the catalogue: %w", err)
+	}
+	var rego []byte
+	if policyPath != "" {
+		if rego, err = readFile(policyPath); err != nil {
+			return nil, fmt.Errorf("read the policy: %w", err)
+		}
+	}
+	return Parse(cataloguePath, catalogue, policyPath, rego)
+}
+
+// readFile reads at most a byte more than may be read, so that a file too
+// large, or one without end, is a problem and not a lack of memory.
+func readFile(path string) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return io.ReadAll(io.LimitReader(f, maxFile+1))
+}
 
 // Parse checks and compiles a catalogue and its policy; the names are for
 // messages. An empty policyName means no policy. The error is Problems.
-func Parse(name string, catalogue []byte, policyName string, policy []byte) (*Set, error) {
-	return nil, errors.New("not parsed")
+func Parse(name string, catalogue []byte, policyName string, rego []byte) (*Set, error) {
+	list, problems := readCatalogue(name, catalogue)
+	s := &Set{
+		scopes:    list,
+		byName:    make(map[string]*Scope, len(list)),
+		catalogue: digest(catalogue),
+	}
+	if policyName != "" {
+		p, more := readPolicy(policyName, rego)
+		problems = append(problems, more...)
+		s.policy, s.rego = p, digest(rego)
+		s.digest = digest(prefixed(catalogue), prefixed(rego))
+	} else {
+		s.digest = digest(prefixed(catalogue))
+	}
+	if err := problems.sorted().err(); err != nil {
+		return nil, err
+	}
+	for _, sc := range list {
+		s.byName[sc.Name] = sc
+	}
+	return s, nil
 }
 
-// Digest is "sha256:<hex>" over catalogue and policy: what every decision
-// names as the policy in force.
+// prefixed puts b's length before it, 8 bytes big-endian, so that no byte can
+// move between catalogue and policy under one digest.
+func prefixed(b []byte) []byte {
+	return append(binary.BigEndian.AppendUint64(nil, uint64(len(b))), b...)
+}
+
+func digest(parts ...[]byte) string {
+	h := sha256.New()
+	for _, p := range parts {
+		h.Write(p)
+	}
+	return "sha256:" + hex.EncodeToString(h.Sum(nil))
+}
+
+// Digest is "sha256:<hex>" over catalogue and policy, each with its length
+// before it (8 bytes, big-endian): what every decision names as the policy in
+// force.
 func (s *Set) Digest() string { return s.digest }
 
 // CatalogueDigest is "sha256:<hex>" of the catalogue's bytes.
@@ -249,17 +312,3 @@ func (sc *Scope) MayAsk(orchestrator string) bool {
 // VaultName is the name of sc's policy and token role in Vault:
 // "countersign-<slug>".
 func (sc *Scope) VaultName() string { return "countersign-" + sc.slug }
-
-// Decide judges an ask: first who may ask, then the catalogue's bounds, then
-// the policy. An error wraps one of the sentinels above and means that the ask
-// itself was wrong; a refusal is a Verdict.
-func (s *Set) Decide(ctx context.Context, ask Ask) (*Verdict, error) {
-	return nil, ErrUnknownScope
-}
-
-// Resolve derives a grant from values already decided: what the issuer
-// compares with the grant on record. Errors wrap the same sentinels as those
-// of Decide.
-func (s *Set) Resolve(scope string, ttl time.Duration, params map[string]string, delivery, publicKey, audience string) (store.Grant, error) {
-	return store.Grant{}, ErrUnknownScope
-}

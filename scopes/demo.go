@@ -1,0 +1,27 @@
+package scopes
+
+import (
+	_ "embed"
+	"strconv"
+	"strings"
+)
+
+//go:embed demo.yaml
+var demo string
+
+//go:embed demo-postgres.yaml
+var demoPostgres string
+
+// Demo is the catalogue of `countersign dev`: with the scopes of the orders
+// database where orders says how steps reach it. Parse it as any other.
+func Demo(orders *Connection) []byte {
+	if orders == nil {
+		return []byte(demo)
+	}
+	inside := func(s string) string { q := strconv.Quote(s); return q[1 : len(q)-1] }
+	return []byte(demo + strings.NewReplacer(
+		"@HOST@", inside(orders.Host),
+		"@PORT@", strconv.Itoa(orders.Port),
+		"@DATABASE@", inside(orders.Database),
+	).Replace(demoPostgres))
+}
