@@ -20,7 +20,7 @@ export PATH := $(PATH)$(if $(PGBIN),:$(PGBIN))
 
 ## build: the program, at bin/countersign
 build:
-	$(GO) build -trimpath -o bin/countersign ./cmd/countersign
+	$(GO) build -trimpath -buildvcs=auto -o bin/countersign ./cmd/countersign
 
 ## demo: a real flow against a real Vault and PostgreSQL, told as a story
 demo: servers vault build
