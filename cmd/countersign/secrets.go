@@ -67,8 +67,14 @@ func writeSecret(path string, content []byte) error {
 }
 
 func generateLogKey(origin string) (skey string, err error) {
-	skey, _, err = note.GenerateKey(rand.Reader, origin)
-	return skey, err
+	if skey, _, err = note.GenerateKey(rand.Reader, origin); err != nil {
+		return "", err
+	}
+	// Reading the key back refuses a name that a signature line cannot carry.
+	if _, err := note.NewSigner(skey); err != nil {
+		return "", fmt.Errorf("a log cannot be named %q: use letters, digits, dots and slashes, such as ledger.example.com/main", origin)
+	}
+	return skey, nil
 }
 
 // readLogKey reads the log's private note key (C2SP signed-note) and returns
