@@ -1,0 +1,60 @@
+package steps
+
+import (
+	"errors"
+	"strings"
+
+	"github.com/countersign-dev/countersign/api/problem"
+	"github.com/countersign-dev/countersign/broker"
+	"github.com/countersign-dev/countersign/issuer"
+	"github.com/countersign-dev/countersign/scopes"
+	"github.com/countersign-dev/countersign/store"
+	"github.com/countersign-dev/countersign/store/inflight"
+)
+
+// toProblem says which problem an error of the flow is.
+func toProblem(err error) error {
+	var (
+		p      *problem.Problem
+		denied *broker.Denied
+	)
+	if errors.As(err, &p) {
+		return p
+	}
+	if errors.As(err, &denied) {
+		return problem.ScopeDenied(strings.Join(denied.Reasons, "; "), denied.Reasons...).With("request", denied.Request)
+	}
+	if _, refused := store.IsOrder(err); refused {
+		// The ledger's own words name other requests.
+		return problem.RequestClosed("the ledger does not take this now").Because(err)
+	}
+	for _, k := range []struct {
+		is   error
+		make func(error) *problem.Problem
+	}{
+		{broker.ErrMalformed, func(err error) *problem.Problem { return problem.Malformed(err.Error()) }},
+		{broker.ErrClosed, func(error) *problem.Problem {
+			return problem.RequestClosed("another call took, or is taking, what this request came to")
+		}},
+		{broker.ErrIdempotency, func(error) *problem.Problem {
+			return problem.IdempotencyConflict("this Idempotency-Key was sent with another body")
+		}},
+		{broker.ErrNotFound, func(error) *problem.Problem { return problem.NotFound("") }},
+		{broker.ErrShuttingDown, func(error) *problem.Problem { return problem.ShuttingDown() }},
+		{scopes.ErrUnknownScope, func(err error) *problem.Problem { return problem.UnknownScope(err.Error()) }},
+		{scopes.ErrTTLTooLong, func(err error) *problem.Problem { return problem.TTLTooLong(err.Error()) }},
+		{scopes.ErrTTLInvalid, func(err error) *problem.Problem { return problem.TTLInvalid(err.Error()) }},
+		{scopes.ErrParams, func(err error) *problem.Problem { return problem.ParamsInvalid(err.Error()) }},
+		{scopes.ErrPublicKey, func(err error) *problem.Problem { return problem.ParamsInvalid(err.Error()) }},
+		{scopes.ErrDelivery, func(err error) *problem.Problem { return problem.DeliveryUnsupported(err.Error()) }},
+		{scopes.ErrReasonRequired, func(err error) *problem.Problem { return problem.ReasonRequired(err.Error()) }},
+		{issuer.ErrVaultUnavailable, func(error) *problem.Problem { return problem.VaultUnavailable() }},
+		{issuer.ErrVaultRefused, func(error) *problem.Problem { return problem.VaultUnavailable() }},
+		{inflight.ErrUnavailable, func(error) *problem.Problem { return problem.StateUnavailable() }},
+	} {
+		if errors.Is(err, k.is) {
+			return k.make(err).Because(err)
+		}
+	}
+	return err // what is left is the ledger's, or our own mistake: problem.From knows
+}
