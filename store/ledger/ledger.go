@@ -1,150 +1,385 @@
 // Package ledger keeps the record: an append-only Merkle log over SQLite.
+//
+// Tables entries, hashes and checkpoints are the log. One transaction holds a
+// batch's entries, the tree nodes they complete, the checkpoint that signs the
+// tree, and what changed beside the log: open_requests (what is open, a
+// function of the entries) and sealed (encrypted texts behind commitments,
+// whose keys lie in another file). One goroutine writes.
 package ledger
 
 import (
 	"context"
+	"database/sql"
 	"errors"
-	"iter"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/countersign-dev/countersign/store"
-	"github.com/go-json-experiment/json/jsontext"
 	"go.uber.org/zap"
 	"golang.org/x/mod/sumdb/note"
-	"golang.org/x/mod/sumdb/tlog"
+	"modernc.org/sqlite"
+	sqlite3 "modernc.org/sqlite/lib"
 )
 
-// ErrMismatch is wrapped by every finding that the stored log does not hold.
-var ErrMismatch = errors.New("ledger mismatch")
+var (
+	// ErrMismatch is wrapped by every finding that the stored log does not hold:
+	// it was altered, cut, or put back to an older state.
+	ErrMismatch = errors.New("ledger mismatch")
+	// ErrNotFound is wrapped where a tile lies outside the published tree.
+	ErrNotFound = errors.New("not in the published tree")
+	// ErrQuery is wrapped by errors about a query that makes no sense.
+	ErrQuery = errors.New("malformed query")
+	// ErrLocked refuses a ledger that another process has open.
+	ErrLocked = errors.New("another recorder has this ledger open")
+)
 
-// ErrNotFound says that a tile lies outside the published tree.
-var ErrNotFound = errors.New("not in the published tree")
-
-// ErrQuery is wrapped by every error about a History query that makes no sense.
-var ErrQuery = errors.New("malformed query")
-
-// Options say where a ledger lies and how it runs.
+// Options say where a ledger lies and how it runs. Dir, Signer, Verifier and
+// PrivacyKey must be set.
 type Options struct {
-	Dir          string // holds ledger.db, lock and, unless named below, head and details-keys.db
-	HeadFile     string
-	KeysFile     string
-	Signer       note.Signer // Ed25519; its name is the log's origin
-	Verifier     string      // vkey of Signer
-	PrivacyKey   store.PrivacyKey
-	Grace        time.Duration
-	Now          func() time.Time
-	Log          *zap.Logger
-	PublishEvery time.Duration // 2 s by default
-	CheckNewest  int64         // entries hashed again at start; 10,000 by default
-	RecheckEvery time.Duration // pause between background passes; 1 h by default, negative: none at all
+	Dir          string           // holds ledger.db, lock, and what is not named below; made where it is missing
+	HeadFile     string           // last signed checkpoint; Dir/head by default, better on another disk
+	KeysFile     string           // keys of the sealed texts; Dir/details-keys.db by default, better outside the ledger's backups
+	Signer       note.Signer      // Ed25519; its name is the log's origin
+	Verifier     string           // the signer's verifier key (C2SP signed-note vkey)
+	PrivacyKey   store.PrivacyKey // at least 32 bytes
+	Grace        time.Duration    // see store.State; 60 s by default
+	Now          func() time.Time // the recorder's clock; time.Now by default
+	Log          *zap.Logger      // none by default
+	PublishEvery time.Duration    // between published checkpoints; 2 s by default
+	CheckNewest  int64            // how many of the newest entries are hashed again at start; 10,000 by default
+	RecheckEvery time.Duration    // pause between background passes over the whole log; 1 h by default, negative: no pass
 }
 
-// Ledger is an open ledger.
-type Ledger struct{}
+func (o *Options) defaults() error {
+	if o.Dir == "" || o.Signer == nil || len(o.PrivacyKey) < 32 {
+		return errors.New("a ledger needs a directory, a signer and a privacy key of at least 32 bytes")
+	}
+	if o.HeadFile == "" {
+		o.HeadFile = filepath.Join(o.Dir, "head")
+	}
+	if o.KeysFile == "" {
+		o.KeysFile = filepath.Join(o.Dir, "details-keys.db")
+	}
+	if o.Grace == 0 {
+		o.Grace = time.Minute
+	}
+	if o.Now == nil {
+		o.Now = time.Now
+	}
+	if o.Log == nil {
+		o.Log = zap.NewNop()
+	}
+	if o.PublishEvery == 0 {
+		o.PublishEvery = 2 * time.Second
+	}
+	if o.CheckNewest == 0 {
+		o.CheckNewest = 10_000
+	}
+	if o.RecheckEvery == 0 {
+		o.RecheckEvery = time.Hour
+	}
+	return nil
+}
 
 // Author is who appends.
 type Author struct {
-	Name     string // stamped on the entries
-	Recorder bool   // the recorder itself writes
+	Name     string // the authenticated writer, stamped on its entries
+	Recorder bool   // the recorder itself writes: types that no writer may append are allowed
 }
 
-// Open opens or creates the ledger in o.Dir and checks it.
-func Open(ctx context.Context, o Options) (*Ledger, error) { panic("skeleton") }
+// Ledger is an open ledger. It is safe for concurrent use.
+type Ledger struct {
+	o        Options
+	verifier *store.LogVerifier
+	lock     *os.File
+	w, r     *sql.DB // one connection that writes; several that read
+	keys     *sql.DB // the keys file
+	queue    chan *group
+	written  chan struct{} // closed when the writing goroutine ended
+	headFile headFile
 
-// Append adds lines as one group, all or nothing, durable before return.
-func (l *Ledger) Append(ctx context.Context, by Author, lines [][]byte) (*store.Appended, error) {
-	panic("skeleton")
+	head      atomic.Pointer[head] // the newest
+	published atomic.Pointer[head]
+	nodes     recentNodes
+
+	mu      sync.RWMutex              // guards what follows, and that head belongs to it
+	open    map[string]*store.Request // store.State's requests as of head; values are never changed
+	recent  []store.Proven            // newest entries that writers may follow, without proofs
+	recentN int64                     // recent is complete from this index on
+	grown   chan struct{}             // closed and replaced by each commit
+
+	ctx    context.Context // ends when the ledger stops
+	cancel context.CancelFunc
+	tasks  sync.WaitGroup
+	once   sync.Once
+	done   chan struct{}
+	err    atomic.Pointer[error]
+
+	wr writer // used by the writing goroutine alone
 }
 
-// OpenSet returns the entries of what is open.
-func (l *Ledger) OpenSet(ctx context.Context, request string) (*store.Appended, error) {
-	panic("skeleton")
+// Open opens or creates the ledger in o.Dir. It recomputes the head from the
+// stored hashes, hashes the newest entries again and compares all with the
+// signed checkpoint and with the head file; errors about what it finds wrap
+// ErrMismatch. The rest is checked in the background: a finding there stops the
+// ledger, see Done.
+func Open(ctx context.Context, o Options) (_ *Ledger, err error) {
+	if err := o.defaults(); err != nil {
+		return nil, err
+	}
+	v, err := store.NewLogVerifier(o.Verifier)
+	if err != nil {
+		return nil, err
+	}
+	if v.Origin() != o.Signer.Name() {
+		return nil, fmt.Errorf("the log key's verifier is named %q, its signer %q", v.Origin(), o.Signer.Name())
+	}
+	if err := os.MkdirAll(o.Dir, 0o700); err != nil {
+		return nil, err
+	}
+	l := &Ledger{
+		o: o, verifier: v,
+		queue:    make(chan *group, maxBatch),
+		headFile: headFile{path: o.HeadFile, due: make(chan struct{}, 1)},
+		grown:    make(chan struct{}), done: make(chan struct{}), written: make(chan struct{}),
+		open: map[string]*store.Request{},
+	}
+	l.ctx, l.cancel = context.WithCancel(context.Background())
+	defer func() {
+		if err != nil {
+			l.cancel()
+			err = errors.Join(err, l.release())
+		}
+	}()
+	if l.lock, err = lockDir(filepath.Join(o.Dir, "lock")); err != nil {
+		return nil, err
+	}
+	path := filepath.Join(o.Dir, "ledger.db")
+	if err := touch(path); err != nil {
+		return nil, err
+	}
+	if err := touch(o.KeysFile); err != nil {
+		return nil, err
+	}
+	if l.w, err = openDB(path, 1, "_journal_mode=WAL", "_synchronous=FULL", "_pragma=cache_size(-65536)"); err != nil {
+		return nil, err
+	}
+	if l.r, err = openDB(path, 8, "_query_only=1", "_pragma=cache_size(-8192)"); err != nil {
+		return nil, err
+	}
+	// secure_delete overwrites what is deleted with zeros, so that an erased key
+	// is not left on a free page.
+	if l.keys, err = openDB(o.KeysFile, 2, "_journal_mode=WAL", "_synchronous=FULL", "_pragma=secure_delete(1)"); err != nil {
+		return nil, err
+	}
+	if err := l.start(ctx); err != nil {
+		return nil, wrapCorrupt(err)
+	}
+	l.tasks.Add(3)
+	go l.writeLoop()
+	go l.publishLoop()
+	go l.headLoop()
+	if o.RecheckEvery > 0 {
+		l.tasks.Add(1)
+		go l.recheckLoop()
+	}
+	return l, nil
 }
 
-// Follow calls fn with each commit's entries after index after that concern writers.
-func (l *Ledger) Follow(ctx context.Context, after int64, fn func(*store.Appended) error) error {
-	panic("skeleton")
+// touch makes the file at path readable by its owner alone, before SQLite
+// would make it with the umask's mode.
+func touch(path string) error {
+	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+		return err
+	}
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return err
+	}
+	return f.Close()
 }
 
-// Query selects entries. Empty fields select all.
-type Query struct {
-	From, To                                                                         time.Time // From inclusive, To exclusive
-	Run, Step, Orchestrator, Scope, Target, Person, Subject, Type, Outcome, Request string
-	Limit                                                                            int // 1,000 by default and at most
-	Cursor                                                                           string
+// lockDir takes the lock that keeps two recorders from one ledger. The kernel
+// frees it when the process dies.
+func lockDir(path string) (*os.File, error) {
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
+		f.Close()
+		if errors.Is(err, syscall.EWOULDBLOCK) {
+			return nil, fmt.Errorf("%w: %s is held", ErrLocked, path)
+		}
+		return nil, fmt.Errorf("locking %s: %w", path, err)
+	}
+	return f, nil
 }
 
-// HistoryEntry is one entry of a Page.
-type HistoryEntry struct {
-	Index  int64             `json:"index"`
-	Entry  jsontext.Value    `json:"entry"`           // the raw leaf
-	Opened map[string]string `json:"opened,omitzero"` // sealed texts that are not erased
+// wrapCorrupt makes a mismatch of what SQLite itself calls corrupt.
+func wrapCorrupt(err error) error {
+	var se *sqlite.Error
+	if errors.As(err, &se) && !errors.Is(err, ErrMismatch) {
+		switch se.Code() & 0xff {
+		case sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB:
+			return fmt.Errorf("%w: the database file is damaged: %w", ErrMismatch, err)
+		}
+	}
+	return err
 }
 
-// Page is an answer to a Query, ascending by index.
-type Page struct {
-	Entries []HistoryEntry `json:"entries"`
-	Next    string         `json:"next,omitzero"` // cursor of the next page; empty on the last
+// readErr is what a reader is told of err: a mismatch stops the ledger, all
+// else but the caller's own context is ErrUnavailable.
+func (l *Ledger) readErr(err error) error {
+	err = wrapCorrupt(err)
+	switch {
+	case err == nil, errors.Is(err, store.ErrUnavailable), errors.Is(err, ErrNotFound), errors.Is(err, ErrQuery):
+		return err
+	case errors.Is(err, ErrMismatch):
+		l.stop(err)
+		return fmt.Errorf("%w: %w", store.ErrUnavailable, err)
+	case l.ctx.Err() == nil && (errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded)):
+		return err
+	}
+	return fmt.Errorf("%w: %w", store.ErrUnavailable, err)
 }
 
-// History returns the entries that match q.
-func (l *Ledger) History(ctx context.Context, q Query) (*Page, error) { panic("skeleton") }
+// stop ends the ledger: nothing is appended any more.
+func (l *Ledger) stop(err error) {
+	l.once.Do(func() {
+		if err != nil {
+			l.err.Store(&err)
+			l.o.Log.Error("the ledger stopped itself", zap.Error(err))
+		}
+		l.cancel()
+		close(l.done)
+	})
+}
 
-// Published is the C2SP signed checkpoint published last.
-func (l *Ledger) Published() string { panic("skeleton") }
+// Done is closed when the ledger stopped, by Close or by itself.
+func (l *Ledger) Done() <-chan struct{} { return l.done }
+
+// Err is why the ledger stopped itself: it wraps ErrMismatch. It is nil while
+// the ledger runs and after Close.
+func (l *Ledger) Err() error {
+	if p := l.err.Load(); p != nil {
+		return *p
+	}
+	return nil
+}
+
+// closedErr is what a caller is told once the ledger stopped.
+func (l *Ledger) closedErr() error {
+	if err := l.Err(); err != nil {
+		return fmt.Errorf("%w: %w", store.ErrUnavailable, err)
+	}
+	return fmt.Errorf("%w: closed", store.ErrUnavailable)
+}
+
+// Close stops the ledger, finishes the commit under way, and writes the head
+// file. It returns what went wrong in closing, not Err.
+func (l *Ledger) Close() error {
+	l.stop(nil)
+	l.tasks.Wait()
+	return l.release()
+}
+
+func (l *Ledger) release() error {
+	var errs []error
+	for _, db := range []*sql.DB{l.r, l.w, l.keys} {
+		if db != nil {
+			errs = append(errs, db.Close())
+		}
+	}
+	if l.lock != nil {
+		errs = append(errs, l.lock.Close())
+		l.lock = nil
+	}
+	return errors.Join(errs...)
+}
 
 // Head is the latest signed checkpoint.
-func (l *Ledger) Head() string { panic("skeleton") }
+func (l *Ledger) Head() string { return l.head.Load().note }
 
-// Size is the number of entries.
-func (l *Ledger) Size() int64 { panic("skeleton") }
+// Size is the number of entries, as Head signs it.
+func (l *Ledger) Size() int64 { return l.head.Load().size }
 
-// Tile returns a C2SP tlog-tiles tile (L -1: entry bundle) of the published tree.
-func (l *Ledger) Tile(ctx context.Context, t tlog.Tile) ([]byte, error) { panic("skeleton") }
+// Published is the C2SP signed checkpoint published last. Tile serves the tree
+// it signs.
+func (l *Ledger) Published() string { return l.published.Load().note }
 
-// Consistency proves that the tree of size from is a prefix of that of size to.
-func (l *Ledger) Consistency(ctx context.Context, from, to int64) (tlog.TreeProof, error) {
-	panic("skeleton")
+// publishLoop publishes the head every PublishEvery, where it has changed.
+func (l *Ledger) publishLoop() {
+	defer l.tasks.Done()
+	t := time.NewTicker(l.o.PublishEvery)
+	defer t.Stop()
+	for {
+		select {
+		case <-l.ctx.Done():
+			return
+		case <-t.C:
+			if h := l.head.Load(); h.size != l.published.Load().size {
+				l.published.Store(h)
+			}
+		}
+	}
 }
 
-// Entries iterates over the leaves [from, to).
-func (l *Ledger) Entries(ctx context.Context, from, to int64) iter.Seq2[Stored, error] {
-	panic("skeleton")
+// headLoop keeps the head file up to date, see headFile.
+func (l *Ledger) headLoop() {
+	defer l.tasks.Done()
+	var last int64 = -1
+	write := func() {
+		h := l.head.Load()
+		if h.size == last || errors.Is(l.Err(), ErrMismatch) {
+			return
+		}
+		if err := l.headFile.write(h); err != nil {
+			if !l.headFile.failed.Swap(true) {
+				l.o.Log.Error("the head file cannot be written, so nothing is appended", zap.Error(err))
+			}
+			return
+		}
+		last = h.size
+		l.headFile.failed.Store(false)
+	}
+	for {
+		select {
+		case <-l.ctx.Done():
+			write()
+			return
+		case <-l.headFile.due:
+			write()
+		}
+		for {
+			select {
+			case <-l.ctx.Done():
+				write()
+				return
+			case <-time.After(headGap):
+			}
+			if !l.headFile.failed.Load() {
+				break
+			}
+			write()
+		}
+	}
 }
 
-// Done is closed when the ledger stopped itself or was closed.
-func (l *Ledger) Done() <-chan struct{} { panic("skeleton") }
-
-// Err is why the ledger stopped itself.
-func (l *Ledger) Err() error { panic("skeleton") }
-
-// Close stops the ledger.
-func (l *Ledger) Close() error { panic("skeleton") }
-
-// Stored is one row of the log.
-type Stored struct {
-	Index     int64
-	Leaf      []byte
-	Submitted []byte // SHA-256 of the submitted bytes
+// snapshot returns the head and the requests that belong to it.
+func (l *Ledger) snapshot() (*head, []*store.Request) {
+	l.mu.RLock()
+	defer l.mu.RUnlock()
+	rs := make([]*store.Request, 0, len(l.open))
+	for _, r := range l.open {
+		rs = append(rs, r)
+	}
+	slices.SortFunc(rs, func(a, b *store.Request) int { return int(a.Requested - b.Requested) })
+	return l.head.Load(), rs
 }
-
-// Reader is a ledger's database, opened read-only and unchecked.
-type Reader struct{}
-
-// ReadOnly opens the database file at path for offline verification.
-func ReadOnly(path string) (*Reader, error) { panic("skeleton") }
-
-// Size is the number of entries.
-func (r *Reader) Size(ctx context.Context) (int64, error) { panic("skeleton") }
-
-// Entries iterates over all rows in order.
-func (r *Reader) Entries(ctx context.Context) iter.Seq2[Stored, error] { panic("skeleton") }
-
-// Hashes iterates over the stored tree hashes (tlog.StoredHashIndex order).
-func (r *Reader) Hashes(ctx context.Context) iter.Seq2[int64, []byte] { panic("skeleton") }
-
-// Checkpoint is the latest stored signed checkpoint, empty where there is none.
-func (r *Reader) Checkpoint(ctx context.Context) (string, error) { panic("skeleton") }
-
-// Close closes the database.
-func (r *Reader) Close() error { panic("skeleton") }

@@ -1,0 +1,64 @@
+package ledger
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+func BenchmarkAppend1(b *testing.B)   { benchmarkAppend(b, 1) }
+func BenchmarkAppend64(b *testing.B)  { benchmarkAppend(b, 64) }
+func BenchmarkAppend256(b *testing.B) { benchmarkAppend(b, 256) }
+
+// benchmarkAppend appends leaves of 800 bytes from n goroutines, each one entry
+// at a time, and reports the rate and the latencies.
+func benchmarkAppend(b *testing.B, n int) {
+	f := newFixture(b)
+	f.o.Now = time.Now
+	l := f.open()
+	lines := make([][][]byte, b.N)
+	for i := range lines {
+		s := used(fmt.Sprintf("run-%d", i/40))
+		s.Step, s.Request = fmt.Sprintf("step-%d", i/4), fmt.Sprintf("req_%d", i/4)
+		e := s.Entry
+		e.SetDetails(map[string]string{"note": ""})
+		bare, _ := e.Marshal()
+		s.SetDetails(map[string]string{"note": strings.Repeat("x", max(0, 800-len(bare)-len("broker-1")-27))})
+		lines[i] = wire(b, s)
+	}
+	took := make([]time.Duration, b.N)
+	var wg sync.WaitGroup
+	b.ResetTimer()
+	for c := range n {
+		wg.Add(1)
+		go func() {
+			defer wg.Done()
+			for i := c; i < b.N; i += n {
+				t := time.Now()
+				if _, err := l.Append(context.Background(), broker, lines[i]); err != nil {
+					b.Error(err)
+					return
+				}
+				took[i] = time.Since(t)
+			}
+		}()
+	}
+	wg.Wait()
+	b.StopTimer()
+	slices.Sort(took)
+	b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "entries/s")
+	b.ReportMetric(float64(took[len(took)/2].Microseconds()), "p50-us")
+	b.ReportMetric(float64(took[len(took)*99/100].Microseconds()), "p99-us")
+	var leaf []byte
+	for s, err := range l.Entries(context.Background(), 0, 1) {
+		if err != nil {
+			b.Fatal(err)
+		}
+		leaf = s.Leaf
+	}
+	b.ReportMetric(float64(len(leaf)), "leaf-bytes")
+}

@@ -1,0 +1,527 @@
+package ledger
+
+import (
+	"bytes"
+	"context"
+	"database/sql"
+	"fmt"
+	"maps"
+	"strings"
+	"time"
+
+	"github.com/countersign-dev/countersign/store"
+	"github.com/go-json-experiment/json"
+	"go.uber.org/zap"
+	"golang.org/x/mod/sumdb/tlog"
+)
+
+// maxBatch is the most entries in one append, and the size from which on a
+// batch takes no further append.
+const maxBatch = 1024
+
+// line is one submitted entry.
+type line struct {
+	sub   *store.Submission
+	leaf  []byte       // stamped; the writing goroutine puts the time in
+	time  int          // where in leaf the time stands
+	boxes []sealedText // encrypted openings
+	key   []byte       // under which they are encrypted; nil where there are none
+	index int64        // set by the writing goroutine
+}
+
+// group is one append: taken whole or not at all.
+type group struct {
+	ctx   context.Context
+	by    Author
+	lines []line
+	done  chan struct{} // closed when head or err is set
+	head  *head
+	err   error
+}
+
+// stampTime is put in leaves until the writing goroutine knows the time: times
+// have a fixed width, so that it is then written over in place.
+var stampTime = store.At(time.Unix(1, 0))
+
+// Append adds lines, each a store.Submission in JSON, as entries by one author:
+// all of them or none. When it returns without error they are on disk under a
+// signed checkpoint. An entry that is on record already, from the same author
+// and with the same content, is answered with its place there, whatever has
+// happened to its request since.
+//
+// Errors wrap store.ErrMalformed, store.ErrConflict (an id is on record with
+// other content), *store.OrderError or store.ErrUnavailable. After
+// ErrUnavailable the entries may or may not be on record: send the same bytes
+// again.
+func (l *Ledger) Append(ctx context.Context, by Author, lines [][]byte) (*store.Appended, error) {
+	if len(lines) == 0 || len(lines) > maxBatch {
+		return nil, fmt.Errorf("%w: %d entries in one append, want 1 to %d", store.ErrMalformed, len(lines), maxBatch)
+	}
+	if by.Name == "" {
+		return nil, fmt.Errorf("%w: no author", store.ErrMalformed)
+	}
+	g := &group{ctx: ctx, by: by, lines: make([]line, len(lines)), done: make(chan struct{})}
+	for i, b := range lines {
+		if err := g.lines[i].parse(b, by.Name); err != nil {
+			return nil, fmt.Errorf("entry %d of %d: %w", i+1, len(lines), err)
+		}
+	}
+	if l.ctx.Err() != nil {
+		return nil, l.closedErr()
+	}
+	select {
+	case l.queue <- g:
+	case <-l.ctx.Done():
+		return nil, l.closedErr()
+	case <-ctx.Done():
+		return nil, fmt.Errorf("%w: %w", store.ErrUnavailable, ctx.Err())
+	}
+	select {
+	case <-g.done:
+	case <-l.written:
+		select {
+		case <-g.done:
+		default:
+			return nil, l.closedErr()
+		}
+	case <-ctx.Done():
+		return nil, fmt.Errorf("%w: %w", store.ErrUnavailable, ctx.Err())
+	}
+	if g.err != nil {
+		return nil, g.err
+	}
+	entries := make([]store.Proven, len(g.lines))
+	for i, ln := range g.lines {
+		entries[i] = store.Proven{Index: ln.index, Leaf: ln.leaf}
+	}
+	a, err := l.prove(ctx, entries, g.head)
+	if err != nil {
+		return nil, l.readErr(err)
+	}
+	return a, nil
+}
+
+func (ln *line) parse(b []byte, writer string) (err error) {
+	if ln.sub, err = store.ParseSubmission(b); err != nil {
+		return err
+	}
+	if ln.leaf, err = ln.sub.Stamp(writer, stampTime); err != nil {
+		return err
+	}
+	// Before it stand only v, id and type, none of which can hold a quote.
+	const member = `"time":"`
+	ln.time = bytes.Index(ln.leaf, []byte(member)) + len(member)
+	ln.key, ln.boxes = sealTexts(ln.sub)
+	return nil
+}
+
+// stamp sets the entry's time in its leaf.
+func (ln *line) stamp(now store.Time) {
+	ln.sub.Entry.Time = now
+	copy(ln.leaf[ln.time:], now.String())
+}
+
+// same reports whether leaf, on record, is ln with another time.
+func (ln *line) same(leaf []byte) bool {
+	e, err := store.ParseLeaf(leaf)
+	if err != nil {
+		return false
+	}
+	mine := ln.sub.Entry
+	mine.Time = e.Time
+	a, err1 := mine.Marshal()
+	b, err2 := e.Marshal()
+	return err1 == nil && err2 == nil && bytes.Equal(a, b)
+}
+
+// writer is what the writing goroutine holds.
+type writer struct {
+	conn  *sql.Conn
+	stmts map[string]*sql.Stmt
+	state *store.State // nil: must be read again, since the last transaction failed
+	front frontier
+	last  store.Time // of the newest entry
+	swept store.Time // when closed requests were last forgotten
+}
+
+// exec runs a prepared statement.
+func (w *writer) exec(ctx context.Context, q string, args ...any) error {
+	s, err := w.stmt(ctx, q)
+	if err != nil {
+		return err
+	}
+	_, err = s.ExecContext(ctx, args...)
+	return err
+}
+
+func (w *writer) stmt(ctx context.Context, q string) (*sql.Stmt, error) {
+	if s := w.stmts[q]; s != nil {
+		return s, nil
+	}
+	s, err := w.conn.PrepareContext(ctx, q)
+	if err == nil {
+		w.stmts[q] = s
+	}
+	return s, err
+}
+
+// insert adds rows of width values each by as few statements as there are.
+func (w *writer) insert(ctx context.Context, into string, width int, args []any) error {
+	row := ",(?" + strings.Repeat(",?", width-1) + ")"
+	for _, n := range []int{128, 16, 4, 1} {
+		for len(args) >= n*width {
+			if err := w.exec(ctx, into+" VALUES "+strings.Repeat(row, n)[1:], args[:n*width]...); err != nil {
+				return err
+			}
+			args = args[n*width:]
+		}
+	}
+	return nil
+}
+
+// writeLoop commits batches: whatever queued while the last commit ran is the
+// next one. There is no timer, so a lone append waits for nobody.
+func (l *Ledger) writeLoop() {
+	defer l.tasks.Done()
+	defer close(l.written)
+	batch := make([]*group, 0, maxBatch)
+	for {
+		batch = batch[:0]
+		select {
+		case g := <-l.queue:
+			batch = append(batch, g)
+		case <-l.ctx.Done():
+			return // Append looks after what is still queued
+		}
+		n := len(batch[0].lines)
+	drain:
+		for n < maxBatch {
+			select {
+			case g := <-l.queue:
+				batch = append(batch, g)
+				n += len(g.lines)
+			default:
+				break drain
+			}
+		}
+		l.commit(batch)
+		for _, g := range batch {
+			close(g.done)
+		}
+	}
+}
+
+// pending is a batch on its way into the database.
+type pending struct {
+	now     store.Time
+	lines   []*line
+	ids     map[string]*line
+	changes map[string]*store.Request // to open_requests; nil: forgotten
+}
+
+// commit settles every group of the batch: err or head is set when it returns.
+func (l *Ledger) commit(batch []*group) {
+	w := &l.wr
+	fail := func(err error) {
+		for _, g := range batch {
+			if g.err == nil {
+				g.err = err
+			}
+		}
+	}
+	if l.ctx.Err() != nil {
+		fail(l.closedErr())
+		return
+	}
+	if l.headFile.failed.Load() {
+		fail(fmt.Errorf("%w: the head file cannot be written", store.ErrUnavailable))
+		return
+	}
+	// The batch is not tied to a caller's context: who gave up waiting must not
+	// spoil it for the others.
+	ctx := context.Background()
+	if w.state == nil {
+		rs, err := readOpen(ctx, w.conn)
+		if err != nil {
+			fail(l.writeErr(err))
+			return
+		}
+		w.state = newState(l.o.Grace, rs)
+	}
+	known, err := l.lookUp(ctx, batch)
+	if err != nil {
+		fail(l.writeErr(err))
+		return
+	}
+	p := &pending{now: store.At(l.o.Now()), ids: map[string]*line{}, changes: map[string]*store.Request{}}
+	if p.now.Before(w.last.Time) {
+		p.now = w.last // the record's time never decreases
+	}
+	if p.now.Sub(w.swept.Time) > time.Minute {
+		b := w.state.Begin()
+		b.Forget(p.now)
+		maps.Copy(p.changes, b.Commit())
+		w.swept = p.now
+	}
+	for _, g := range batch {
+		if g.ctx.Err() != nil {
+			g.err = fmt.Errorf("%w: %w", store.ErrUnavailable, g.ctx.Err())
+			continue
+		}
+		g.err = l.admit(g, p, known)
+	}
+	h := l.head.Load()
+	if len(p.lines) > 0 {
+		if h, err = l.write(ctx, p); err != nil {
+			w.state = nil
+			fail(l.writeErr(err))
+			return
+		}
+	}
+	for _, g := range batch {
+		g.head = h
+	}
+}
+
+// writeErr is what the authors are told of err.
+func (l *Ledger) writeErr(err error) error {
+	err = l.readErr(err)
+	l.o.Log.Warn("append failed", zap.Error(err))
+	return err
+}
+
+// recorded is an entry found on record.
+type recorded struct {
+	index int64
+	leaf  []byte
+}
+
+// lookUp finds which ids of the batch are on record.
+func (l *Ledger) lookUp(ctx context.Context, batch []*group) (map[string]recorded, error) {
+	var arg strings.Builder
+	for _, g := range batch {
+		for i := range g.lines {
+			arg.WriteString(`,"` + g.lines[i].sub.ID + `"`) // UUIDs need no escaping
+		}
+	}
+	s, err := l.wr.stmt(ctx, "SELECT e.id, e.idx, e.body FROM json_each(?) j CROSS JOIN entries e INDEXED BY entries_id ON e.id = j.value")
+	if err != nil {
+		return nil, err
+	}
+	rows, err := s.QueryContext(ctx, "["+arg.String()[1:]+"]")
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	found := map[string]recorded{}
+	for rows.Next() {
+		var id string
+		var r recorded
+		if err := rows.Scan(&id, &r.index, &r.leaf); err != nil {
+			return nil, err
+		}
+		found[id] = r
+	}
+	return found, rows.Err()
+}
+
+// admit takes g into p, or says why not. What is on record already is answered
+// before the order of the record is asked, which may long have moved on.
+func (l *Ledger) admit(g *group, p *pending, known map[string]recorded) error {
+	b := l.wr.state.Begin()
+	size := l.wr.front.size + int64(len(p.lines))
+	var fresh []*line
+	mine := map[string]*line{}
+	for i := range g.lines {
+		ln := &g.lines[i]
+		ln.stamp(p.now)
+		conflict := fmt.Errorf("entry %d of %d: %w: %s", i+1, len(g.lines), store.ErrConflict, ln.sub.ID)
+		if r, ok := known[ln.sub.ID]; ok {
+			if !ln.same(r.leaf) {
+				return conflict
+			}
+			ln.index, ln.leaf = r.index, r.leaf
+			continue
+		}
+		twin := p.ids[ln.sub.ID]
+		if twin == nil {
+			twin = mine[ln.sub.ID]
+		}
+		if twin != nil {
+			if !bytes.Equal(twin.leaf, ln.leaf) {
+				return conflict
+			}
+			ln.index = twin.index
+			continue
+		}
+		ln.index = size + int64(len(fresh))
+		if err := b.Admit(&ln.sub.Entry, ln.index, g.by.Recorder); err != nil {
+			return fmt.Errorf("entry %d of %d: %w", i+1, len(g.lines), err)
+		}
+		mine[ln.sub.ID] = ln
+		fresh = append(fresh, ln)
+	}
+	if len(fresh) == 0 {
+		return nil
+	}
+	maps.Copy(p.changes, b.Commit())
+	maps.Copy(p.ids, mine)
+	p.lines = append(p.lines, fresh...)
+	return nil
+}
+
+// write makes p durable and the head. The order, and what a crash leaves:
+//
+//  1. The keys of sealed texts are committed to their own file. A crash here
+//     leaves keys of entries that are not on record: they open nothing, and the
+//     same id appended again replaces its own.
+//  2. Entries, tree nodes, checkpoint, sealed texts and open requests are
+//     committed in one transaction. A crash before leaves nothing of them; a
+//     crash after leaves them on record unanswered, and the author's retry with
+//     the same bytes finds them.
+//  3. The head file follows on its own, see headFile.
+func (l *Ledger) write(ctx context.Context, p *pending) (_ *head, err error) {
+	w := &l.wr
+	front := w.front
+	n := len(p.lines)
+	entries, hashes := make([]any, 0, 2*n), make([]any, 0, 2*n)
+	var sealed, keys []any
+	all := make([]byte, 0, 2*n*tlog.HashSize+48*tlog.HashSize)
+	nodes := make([][]byte, n)
+	for i, ln := range p.lines {
+		from := len(all)
+		all = front.add(all, store.LeafHash(ln.leaf))
+		nodes[i] = all[from:len(all):len(all)]
+		entries = append(entries, ln.index, string(ln.leaf))
+		hashes = append(hashes, ln.index, nodes[i])
+		for _, box := range ln.boxes {
+			sealed = append(sealed, ln.index, box.field, box.box)
+		}
+		if ln.key != nil {
+			keys = append(keys, ln.sub.ID, ln.key)
+		}
+	}
+	h, err := sign(l.o.Signer, &front)
+	if err != nil {
+		return nil, err
+	}
+	if err := l.putKeys(ctx, keys); err != nil {
+		return nil, err
+	}
+	if err := w.exec(ctx, "BEGIN IMMEDIATE"); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			// SQLite may have rolled back already (disk full): then this fails, as
+			// it should.
+			_, _ = w.conn.ExecContext(ctx, "ROLLBACK")
+		}
+	}()
+	if err := w.insert(ctx, "INSERT INTO entries (idx, body)", 2, entries); err != nil {
+		return nil, err
+	}
+	if err := w.insert(ctx, "INSERT INTO hashes (idx, nodes)", 2, hashes); err != nil {
+		return nil, err
+	}
+	if err := w.insert(ctx, "INSERT INTO sealed (idx, field, box)", 3, sealed); err != nil {
+		return nil, err
+	}
+	for id, r := range p.changes {
+		if r == nil {
+			err = w.exec(ctx, "DELETE FROM open_requests WHERE request = ?", id)
+		} else {
+			err = w.exec(ctx, "INSERT INTO open_requests VALUES (?, ?) ON CONFLICT (request) DO UPDATE SET state = excluded.state", id, encodeRequest(r))
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
+	if err := w.exec(ctx, "INSERT INTO checkpoints (size, note) VALUES (?, ?)", h.size, h.note); err != nil {
+		return nil, err
+	}
+	if err := w.exec(ctx, "COMMIT"); err != nil {
+		return nil, err
+	}
+	w.front, w.last = front, p.now
+	l.committed(p, nodes, h)
+	return h, nil
+}
+
+// committed makes a commit known to readers.
+func (l *Ledger) committed(p *pending, nodes [][]byte, h *head) {
+	l.nodes.mu.Lock()
+	for i, ln := range p.lines {
+		l.nodes.add(ln.index, nodes[i])
+	}
+	l.nodes.mu.Unlock()
+
+	l.mu.Lock()
+	for id, r := range p.changes {
+		if r == nil {
+			delete(l.open, id)
+		} else {
+			l.open[id] = r
+		}
+	}
+	for _, ln := range p.lines {
+		if ln.sub.Type.Concerns() {
+			l.recent = append(l.recent, store.Proven{Index: ln.index, Leaf: ln.leaf})
+		}
+	}
+	if len(l.recent) >= 2*keepRecent {
+		l.recentN = l.recent[len(l.recent)-keepRecent-1].Index + 1
+		l.recent = append([]store.Proven(nil), l.recent[len(l.recent)-keepRecent:]...)
+	}
+	l.head.Store(h)
+	close(l.grown)
+	l.grown = make(chan struct{})
+	l.mu.Unlock()
+
+	select {
+	case l.headFile.due <- struct{}{}:
+	default:
+	}
+}
+
+// encodeRequest is how a request is stored: compared byte for byte with what a
+// replay of the log gives.
+func encodeRequest(r *store.Request) string {
+	b, err := json.Marshal(r, json.Deterministic(true))
+	if err != nil {
+		panic(err) // strings, numbers and times always marshal
+	}
+	return string(b)
+}
+
+// readOpen reads the open requests.
+func readOpen(ctx context.Context, q querier) ([]*store.Request, error) {
+	rows, err := q.QueryContext(ctx, "SELECT request, state FROM open_requests")
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	var rs []*store.Request
+	for rows.Next() {
+		var id string
+		var state []byte
+		if err := rows.Scan(&id, &state); err != nil {
+			return nil, err
+		}
+		r := &store.Request{}
+		if err := json.Unmarshal(state, r, json.RejectUnknownMembers(true)); err != nil || r.ID != id {
+			return nil, fmt.Errorf("%w: open request %q is not what was stored", ErrMismatch, id)
+		}
+		rs = append(rs, r)
+	}
+	return rs, rows.Err()
+}
+
+func newState(grace time.Duration, rs []*store.Request) *store.State {
+	s := store.NewState()
+	s.Grace = grace
+	for _, r := range rs {
+		s.Load(r)
+	}
+	return s
+}

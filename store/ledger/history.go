@@ -1,0 +1,236 @@
+package ledger
+
+import (
+	"context"
+	"database/sql"
+	"encoding/json"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/countersign-dev/countersign/store"
+	"github.com/go-json-experiment/json/jsontext"
+)
+
+// Query selects entries. Empty fields select all.
+type Query struct {
+	From, To     time.Time // recorder's time; From inclusive, To exclusive
+	Run          string
+	Step         string
+	Orchestrator string
+	Scope        string
+	Target       string
+	Person       string // who decided: a pseudonym, or a name such as "user:NAME"
+	Subject      string // on whose behalf: likewise
+	Type         string
+	Outcome      string
+	Request      string
+	Limit        int    // entries a page; 1,000 by default, 10,000 at most
+	Cursor       string // Page.Next of the page before
+}
+
+// HistoryEntry is one entry of a Page.
+type HistoryEntry struct {
+	Index  int64             `json:"index"`
+	Entry  jsontext.Value    `json:"entry"`           // the leaf as it is stored
+	Opened map[string]string `json:"opened,omitzero"` // the texts behind its commitments, where not erased
+}
+
+// Page is the answer to a Query, ascending by index.
+type Page struct {
+	Entries []HistoryEntry `json:"entries"`
+	Next    string         `json:"next,omitzero"` // cursor of the next page; empty on the last
+}
+
+const (
+	defaultLimit = 1_000
+	maxLimit     = 10_000
+)
+
+// filter is one equality of a query.
+type filter struct{ column, value string }
+
+// filters orders by what is likely to select least.
+func (q *Query) filters(k store.PrivacyKey) []filter {
+	all := []filter{
+		{"request", q.Request}, {"step", q.Step}, {"person", pseudonym(k, q.Person)}, {"subject", pseudonym(k, q.Subject)}, {"run", q.Run},
+		{"scope", q.Scope}, {"target", q.Target}, {"type", q.Type}, {"orchestrator", q.Orchestrator}, {"outcome", q.Outcome},
+	}
+	return slices.DeleteFunc(all, func(f filter) bool { return f.value == "" })
+}
+
+// pseudonym is what stands in a leaf for a person or subject. Pseudonyms have no
+// colon, names of people and subjects do ("user:NAME").
+func pseudonym(k store.PrivacyKey, s string) string {
+	if s == "" || (strings.HasPrefix(s, "p-") && !strings.Contains(s, ":")) {
+		return s
+	}
+	return k.Pseudonym(s)
+}
+
+// parseCursor reads an index that a page ended with.
+func parseCursor(s string) (int64, error) {
+	if s == "" {
+		return 0, nil
+	}
+	n, err := strconv.ParseInt(s, 10, 64)
+	if err != nil || n < 0 || strconv.FormatInt(n, 10) != s {
+		return 0, fmt.Errorf("%w: cursor %q is not one of a page's \"next\"", ErrQuery, s)
+	}
+	return n, nil
+}
+
+// History returns the entries that match q, ascending, a page at a time. A page
+// goes on from an index, not from a count of rows, so that the last page costs
+// what the first does.
+func (l *Ledger) History(ctx context.Context, q Query) (*Page, error) {
+	from, err := parseCursor(q.Cursor)
+	if err != nil {
+		return nil, err
+	}
+	switch {
+	case q.Limit == 0:
+		q.Limit = defaultLimit
+	case q.Limit < 0 || q.Limit > maxLimit:
+		return nil, fmt.Errorf("%w: limit %d, want 1 to %d", ErrQuery, q.Limit, maxLimit)
+	}
+	if ctx, err = l.readContext(ctx); err != nil {
+		return nil, err
+	}
+	to := l.Size()
+	if !q.From.IsZero() {
+		n, err := l.firstAt(ctx, q.From, to)
+		if err != nil {
+			return nil, l.readErr(err)
+		}
+		from = max(from, n)
+	}
+	if !q.To.IsZero() {
+		if to, err = l.firstAt(ctx, q.To, to); err != nil {
+			return nil, l.readErr(err)
+		}
+	}
+	page := &Page{Entries: []HistoryEntry{}}
+	if from >= to {
+		return page, nil
+	}
+	query, args, err := l.plan(ctx, q.filters(l.o.PrivacyKey), from, to, q.Limit+1)
+	if err != nil {
+		return nil, l.readErr(err)
+	}
+	parsed := map[int64]*store.Entry{}
+	if err := each(ctx, l.r, func(rows *sql.Rows) error {
+		var e HistoryEntry
+		if err := rows.Scan(&e.Index, (*[]byte)(&e.Entry)); err != nil {
+			return err
+		}
+		if len(page.Entries) == q.Limit {
+			page.Next = strconv.FormatInt(e.Index, 10)
+			return nil
+		}
+		if !strings.HasSuffix(string(e.Entry), `"sealed":{}}`) {
+			p, err := store.ParseLeaf(e.Entry)
+			if err != nil {
+				return fmt.Errorf("%w: entry %d: %w", ErrMismatch, e.Index, err)
+			}
+			parsed[e.Index] = p
+		}
+		page.Entries = append(page.Entries, e)
+		return nil
+	}, query, args...); err != nil {
+		return nil, l.readErr(err)
+	}
+	opened, err := l.openings(ctx, l.r, parsed)
+	if err != nil {
+		return nil, l.readErr(err)
+	}
+	for i := range page.Entries {
+		e := &page.Entries[i]
+		for field, o := range opened[e.Index] {
+			if e.Opened == nil {
+				e.Opened = map[string]string{}
+			}
+			e.Opened[field] = o.Text
+		}
+	}
+	return page, nil
+}
+
+// readContext refuses to read once the ledger stopped.
+func (l *Ledger) readContext(ctx context.Context) (context.Context, error) {
+	if l.ctx.Err() != nil {
+		return nil, l.closedErr()
+	}
+	return ctx, nil
+}
+
+// selective is how many rows make an index not worth walking while a better one
+// may be at hand.
+const selective = 2_000
+
+// plan writes the statement. The index that matches fewest rows is walked in the
+// order of idx; each other filter is a seek in its own index by (value, idx), so
+// that no body is read, and no JSON parsed, for an entry that does not match.
+// SQLite's planner has no statistics to choose by, since they would have to be
+// kept up to date: counting up to a bound is cheaper.
+func (l *Ledger) plan(ctx context.Context, fs []filter, from, to int64, limit int) (string, []any, error) {
+	if len(fs) == 0 {
+		return "SELECT idx, body FROM entries WHERE idx >= ? AND idx < ? ORDER BY idx LIMIT ?", []any{from, to, limit}, nil
+	}
+	best, least := 0, int64(selective)
+	for i := 0; i < len(fs) && len(fs) > 1; i++ {
+		var n int64
+		q := fmt.Sprintf("SELECT count(*) FROM (SELECT 1 FROM entries INDEXED BY entries_%s WHERE %[1]s = ? AND idx >= ? AND idx < ? LIMIT ?)", fs[i].column)
+		if err := l.r.QueryRowContext(ctx, q, fs[i].value, from, to, selective).Scan(&n); err != nil {
+			return "", nil, err
+		}
+		if n < least {
+			best, least = i, n
+		}
+	}
+	var b strings.Builder
+	fmt.Fprintf(&b, "SELECT e.idx, e.body FROM (SELECT a.idx FROM entries a INDEXED BY entries_%s WHERE a.%[1]s = ? AND a.idx >= ? AND a.idx < ?", fs[best].column)
+	args := []any{fs[best].value, from, to}
+	for i, f := range fs {
+		if i != best {
+			fmt.Fprintf(&b, " AND EXISTS (SELECT 1 FROM entries b INDEXED BY entries_%s WHERE b.%[1]s = ? AND b.idx = a.idx)", f.column)
+			args = append(args, f.value)
+		}
+	}
+	b.WriteString(" ORDER BY a.idx LIMIT ?) m CROSS JOIN entries e ON e.idx = m.idx ORDER BY e.idx")
+	return b.String(), append(args, limit), nil
+}
+
+// firstAt is the index of the first entry of [0, size) at or after t, by
+// bisection: time never decreases with the index.
+func (l *Ledger) firstAt(ctx context.Context, t time.Time, size int64) (int64, error) {
+	at := store.At(t)
+	if at.Before(t.UTC()) {
+		at = store.At(t.Add(time.Microsecond))
+	}
+	lo, hi := int64(0), size
+	for lo < hi {
+		mid := lo + (hi-lo)/2
+		var s sql.NullString
+		if err := l.r.QueryRowContext(ctx, "SELECT time FROM entries WHERE idx = ?", mid).Scan(&s); err != nil {
+			return 0, fmt.Errorf("reading the time of entry %d: %w", mid, err)
+		}
+		if s.String < at.String() {
+			lo = mid + 1
+		} else {
+			hi = mid
+		}
+	}
+	return lo, nil
+}
+
+// jsonList is a list for SQLite's json_each.
+func jsonList[T any](s []T) string {
+	b, err := json.Marshal(s)
+	if err != nil {
+		panic(err) // numbers and strings always marshal
+	}
+	return string(b)
+}

@@ -1,0 +1,137 @@
+package ledger
+
+import (
+	"context"
+	"database/sql"
+	"fmt"
+	"slices"
+	"sort"
+
+	"github.com/countersign-dev/countersign/store"
+)
+
+// keepRecent is how many of the newest entries that writers may follow stay in
+// memory, so that following reads nothing from the database.
+const keepRecent = 4096
+
+// followAtMost is how many entries one call of a follower gets.
+const followAtMost = 256
+
+// OpenSet returns the entries of what is open, ascending, with proofs under one
+// head: of each open request its step.requested, its intents and their outcomes.
+// With a request named it returns that one alone, also where it is closed and
+// only its idempotency key is remembered; none where it is neither.
+func (l *Ledger) OpenSet(ctx context.Context, request string) (*store.Appended, error) {
+	h, rs := l.snapshot()
+	var idx []int64
+	for _, r := range rs {
+		switch {
+		case request != "" && r.ID != request, request == "" && !r.Open():
+			continue
+		case r.Attempt <= 1 && (r.Attempt == 0 || r.Minting || r.Live):
+			idx = append(idx, r.Requested)
+			if r.Attempt == 1 {
+				idx = append(idx, r.IntentIndex)
+			}
+			if r.Live {
+				idx = append(idx, r.IssuedIndex)
+			}
+		default: // a first attempt is over: take all there is of the request
+			if err := each(ctx, l.r, func(rows *sql.Rows) error {
+				var i int64
+				err := rows.Scan(&i)
+				idx = append(idx, i)
+				return err
+			}, "SELECT idx FROM entries INDEXED BY entries_request WHERE request = ? AND idx >= ? AND idx < ? AND type IN "+concerning, r.ID, r.Requested, h.size); err != nil {
+				return nil, l.readErr(err)
+			}
+		}
+	}
+	slices.Sort(idx)
+	out := make([]store.Proven, 0, len(idx))
+	for part := range slices.Chunk(idx, chunk) {
+		ps, err := l.leaves(ctx, part)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, ps...)
+	}
+	a, err := l.prove(ctx, out, h)
+	if err != nil {
+		return nil, l.readErr(err)
+	}
+	return a, nil
+}
+
+// leaves reads the entries with the given indexes, ascending.
+func (l *Ledger) leaves(ctx context.Context, idx []int64) ([]store.Proven, error) {
+	ps := make([]store.Proven, 0, len(idx))
+	err := each(ctx, l.r, func(rows *sql.Rows) error {
+		var p store.Proven
+		err := rows.Scan(&p.Index, &p.Leaf)
+		ps = append(ps, p)
+		return err
+	}, "SELECT e.idx, e.body FROM json_each(?) j CROSS JOIN entries e ON e.idx = j.value ORDER BY j.key", jsonList(idx))
+	if err == nil && len(ps) != len(idx) {
+		err = fmt.Errorf("%w: %d of %d open entries are missing", ErrMismatch, len(idx)-len(ps), len(idx))
+	}
+	if err != nil {
+		return nil, l.readErr(err)
+	}
+	return ps, nil
+}
+
+// Follow calls fn with the entries after index after (-1: all) that concern what
+// is open (store.Type.Concerns), in order, those on record and then each commit's
+// as it happens, until ctx ends, fn fails, or the ledger stops; it returns why.
+// Entries of one commit may come in several calls where they are many.
+func (l *Ledger) Follow(ctx context.Context, after int64, fn func(*store.Appended) error) error {
+	next := max(after+1, 0)
+	for {
+		l.mu.RLock()
+		h, grown, recentN := l.head.Load(), l.grown, l.recentN
+		var ps []store.Proven
+		if next >= recentN {
+			from := sort.Search(len(l.recent), func(i int) bool { return l.recent[i].Index >= next })
+			ps = slices.Clone(l.recent[from:min(from+followAtMost, len(l.recent))])
+		}
+		l.mu.RUnlock()
+		end := h.size
+		if next < recentN {
+			// Older than what is in memory: read on from the database, a stretch at
+			// a time, since entries that concern nobody may lie between.
+			end = min(h.size, recentN, next+16*chunk)
+			err := each(ctx, l.r, func(rows *sql.Rows) error {
+				var p store.Proven
+				err := rows.Scan(&p.Index, &p.Leaf)
+				ps = append(ps, p)
+				return err
+			}, "SELECT idx, body FROM entries NOT INDEXED WHERE idx >= ? AND idx < ? AND type IN "+concerning+" ORDER BY idx LIMIT ?", next, end, followAtMost)
+			if err != nil {
+				return l.readErr(err)
+			}
+		}
+		if len(ps) == followAtMost {
+			end = ps[len(ps)-1].Index + 1
+		}
+		if len(ps) > 0 {
+			a, err := l.prove(ctx, ps, h)
+			if err != nil {
+				return l.readErr(err)
+			}
+			if err := fn(a); err != nil {
+				return err
+			}
+		}
+		if next = max(next, end); next < h.size {
+			continue
+		}
+		select {
+		case <-grown:
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-l.done:
+			return l.closedErr()
+		}
+	}
+}
