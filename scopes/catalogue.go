@@ -226,8 +226,11 @@ func (r *reader) ttls(sc *Scope, f fields, missing func(key, fix string)) {
 		missing("max_ttl", "write the longest life that its credential may have, like `max_ttl: 15m`")
 	}
 	sc.DefaultTTL = sc.MaxTTL
-	if v := f.get("default_ttl"); v != nil && sc.MaxTTL > 0 {
-		sc.DefaultTTL = r.duration(v, "default_ttl", time.Second, sc.MaxTTL)
+	if v := f.get("default_ttl"); v != nil {
+		if sc.MaxTTL > 0 {
+			max = sc.MaxTTL
+		}
+		sc.DefaultTTL = r.duration(v, "default_ttl", time.Second, max)
 	}
 }
 
@@ -587,8 +590,12 @@ func (r *reader) params(sc *Scope, n ast.Node) {
 		return
 	}
 	for _, item := range r.sequence(n, "params", maxParams) {
-		p, ok := r.param(item)
-		if !ok {
+		// A param with a mistake is kept, so that the templates that it
+		// fills are not told as mistakes too.
+		before := len(r.problems)
+		p := r.param(item)
+		p.flawed = len(r.problems) > before
+		if p.Name == "" {
 			continue
 		}
 		if _, dup := sc.byParam[p.Name]; dup {
@@ -600,11 +607,11 @@ func (r *reader) params(sc *Scope, n ast.Node) {
 	}
 }
 
-func (r *reader) param(n ast.Node) (Param, bool) {
+func (r *reader) param(n ast.Node) Param {
 	p := Param{MaxLength: 64}
 	f, ok := r.mapping(n, "a param", "name", "type", "description", "required", "default", "pattern", "max_length", "min", "max", "values")
 	if !ok {
-		return p, false
+		return p
 	}
 	before := len(r.problems)
 	if v := f.get("name"); v == nil {
@@ -641,14 +648,15 @@ func (r *reader) param(n ast.Node) (Param, bool) {
 		if s, ok := r.text(v, "pattern", 512); ok {
 			// The anchors go around a group, so that no alternative of
 			// the pattern escapes them.
-			re, err := regexp.Compile(`\A(?:` + s + `)\z`)
+			// A pattern that would close the group is refused alone.
+			_, err := regexp.Compile(s)
 			if err == nil {
-				_, err = regexp.Compile(s) // "a)|(b" would close our group
+				p.pattern, err = regexp.Compile(`\A(?:` + s + `)\z`)
 			}
 			if err != nil {
 				r.bad(v, "pattern is not a regular expression: "+err.Error(), "write RE2 syntax; it is anchored at both ends")
 			}
-			p.Pattern, p.pattern = s, re
+			p.Pattern = s
 		}
 	}
 	if v := only("max_length", StringParam); v != nil {
@@ -685,7 +693,7 @@ func (r *reader) param(n ast.Node) (Param, bool) {
 			p.Default = r.defaultValue(v, &p)
 		}
 	}
-	return p, len(r.problems) == before
+	return p
 }
 
 func (r *reader) defaultValue(n ast.Node, p *Param) *string {
@@ -749,7 +757,7 @@ func (r *reader) fills(sc *Scope, f fields) {
 				continue
 			}
 			p := &sc.Params[i]
-			if !p.Required && p.Default == nil {
+			if !p.Required && p.Default == nil && !p.flawed {
 				r.bad(n, fmt.Sprintf("%s holds {{%s}}, which may be missing", what, name), "give the param `required: true` or a default")
 			}
 			sc.strict[name] = sc.strict[name] || strict

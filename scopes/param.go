@@ -8,7 +8,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"unicode/utf8"
 )
 
 // safe is what a string may hold that stands in a path, a role, a target, or
@@ -69,7 +68,7 @@ func (p *Param) checkText(s string, strict bool) (string, error) {
 			return "", fmt.Errorf("%s is empty", p.Name)
 		case len(s) > p.MaxLength:
 			return "", fmt.Errorf("%s has %d bytes, at most %d are allowed", p.Name, len(s), p.MaxLength)
-		case !utf8.ValidString(s) || !printable(s):
+		case !printable(s):
 			return "", fmt.Errorf("%s holds a control character", p.Name)
 		case strings.Contains(s, "{{") || strings.Contains(s, "}}"):
 			return "", fmt.Errorf("%s must not hold {{ or }}", p.Name)

@@ -9,6 +9,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"github.com/goccy/go-yaml"
 	"github.com/goccy/go-yaml/ast"
@@ -144,7 +146,11 @@ func (r *reader) document(b []byte) (body ast.Node) {
 	if err != nil {
 		var syntax *yaml.SyntaxError
 		if errors.As(err, &syntax) && syntax.Token != nil && syntax.Token.Position != nil {
-			r.at(position{syntax.Token.Position.Line, syntax.Token.Position.Column}, "not YAML: "+syntax.Message, "")
+			p, fix := position{syntax.Token.Position.Line, syntax.Token.Position.Column}, ""
+			if lines := strings.Split(string(b), "\n"); p.line <= len(lines) && strings.Contains(lines[p.line-1], "{{") {
+				fix = "put a value that holds {{ in quotes"
+			}
+			r.at(p, "not YAML: "+syntax.Message, fix)
 		} else {
 			r.at(position{}, "not YAML: "+err.Error(), "")
 		}
@@ -325,7 +331,11 @@ func (r *reader) boolean(n ast.Node, what string) bool {
 
 // duration reads n as a Go duration of whole seconds between min and max.
 func (r *reader) duration(n ast.Node, what string, min, max time.Duration) time.Duration {
-	bounds := fmt.Sprintf("write a duration from %s to %s, like 90s, 15m or 1h30m", short(min), short(max))
+	example := "90s, 15m or 1h30m"
+	if min >= 24*time.Hour {
+		example = "720h for 30 days"
+	}
+	bounds := fmt.Sprintf("write a duration from %s to %s, like %s", short(min), short(max), example)
 	var s string
 	switch v := n.(type) {
 	case *ast.StringNode:
@@ -372,14 +382,11 @@ func kind(n ast.Node) string {
 	return "something else"
 }
 
-// printable reports whether s is UTF-8 text on one line.
+// printable reports whether s is text on one line that looks like what it is:
+// no control characters, none that turn the direction of writing, no spaces
+// but the plain one.
 func printable(s string) bool {
-	for _, c := range s {
-		if c < 0x20 || c == 0x7f || c == '\uFFFD' || c == '\u2028' || c == '\u2029' || (c >= 0x80 && c < 0xa0) {
-			return false
-		}
-	}
-	return true
+	return utf8.ValidString(s) && strings.IndexFunc(s, func(c rune) bool { return !unicode.IsPrint(c) }) < 0
 }
 
 // clip shortens what a message quotes.

@@ -146,6 +146,17 @@ func readPolicy(name string, b []byte) (*policy, Problems) {
 	if compiler.Compile(map[string]*ast.Module{name: module}); compiler.Failed() {
 		return nil, regoProblems(name, compiler.Errors)
 	}
+	// There is no data but the policy's own rules. A reference to any other
+	// would be undefined, and its rule would never hold.
+	ast.WalkRefs(compiler.Modules[name], func(ref ast.Ref) bool {
+		if ref.HasPrefix(ast.DefaultRootRef) && len(compiler.GetRules(ref)) == 0 {
+			bad(ref[0].Location, "undefined ref: "+ref.String(), "there is no data but this policy's own rules; write the values into it")
+		}
+		return false
+	})
+	if len(problems) > 0 {
+		return nil, problems
+	}
 	// Only the rules that stand in the policy are asked for: one that is not
 	// there is undefined, and would make the whole query so.
 	query := ""
@@ -178,7 +189,7 @@ func regoProblems(name string, err error) Problems {
 	}
 	var out Problems
 	for _, e := range list {
-		p := Problem{File: name, Message: e.Message}
+		p := Problem{File: name, Line: 1, Column: 1, Message: e.Message}
 		switch e.Code {
 		case ast.TypeErr:
 			p.Fix = "the input's fields and the functions allowed stand in docs/policy.md"

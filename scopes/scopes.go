@@ -136,6 +136,7 @@ type Param struct {
 	Values      []string // enum
 
 	pattern *regexp.Regexp
+	flawed  bool // a problem of it has been told
 }
 
 // Connection is what a database reply tells the step to connect to.

@@ -75,7 +75,7 @@ func VaultSetup(set *Set, opts VaultOptions) *VaultPlan {
 		}
 		name := sc.VaultName()
 		rules := sc.vaultRules()
-		p.Policies = append(p.Policies, VaultPolicy{name, hcl("What a step granted "+sc.Name+" may do.", rules)})
+		p.Policies = append(p.Policies, VaultPolicy{name, acl("What a step granted "+sc.Name+" may do.", rules)})
 		p.Roles = append(p.Roles, TokenRole{name, map[string]any{
 			"allowed_policies":        []string{name},
 			"orphan":                  true, // outlives the broker's own token, and dies by its own TTL
@@ -116,7 +116,7 @@ func VaultSetup(set *Set, opts VaultOptions) *VaultPlan {
 		rule{"", "auth/token/lookup-self", []string{"read"}, nil},
 		rule{"", "sys/capabilities-self", []string{"update"}, nil},
 	)
-	p.Policies = append(p.Policies, VaultPolicy{p.Broker, hcl("What Countersign's broker may do.", broker)})
+	p.Policies = append(p.Policies, VaultPolicy{p.Broker, acl("What Countersign's broker may do.", broker)})
 	return p
 }
 
@@ -190,10 +190,10 @@ func (sc *Scope) policyPaths() []string {
 	return out
 }
 
-// hcl writes a policy. Every string in it was checked by the catalogue to hold
+// acl writes a policy. Every string in it was checked by the catalogue to hold
 // nothing that HCL or Vault's policy templates would read; the quoting is
 // there so that this does not rest on the check alone.
-func hcl(title string, rules []rule) string {
+func acl(title string, rules []rule) string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "# %s\n", title)
 	for _, r := range rules {
