@@ -202,7 +202,7 @@ func (x *index) merge(open []placed, size int64, now time.Time) {
 		x.one(p.Entry, p.Index)
 	}
 	for id, t := range x.requests {
-		if !named[id] && t.last < size && !t.gone {
+		if !named[id] && t.last < size && !t.gone && (t.minting || t.live || t.status == store.StatusApproved) {
 			t.minting, t.live, t.gone, t.status = false, false, true, store.StatusClosed
 			delete(x.serials, t.issued.Serial)
 			x.close(t, now)

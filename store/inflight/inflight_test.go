@@ -1,0 +1,183 @@
+package inflight_test
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/countersign-dev/countersign/store/inflight"
+	"github.com/countersign-dev/countersign/store/inflight/redistest"
+)
+
+// both runs a test against a real redis-server and the embedded one.
+func both(t *testing.T, fn func(t *testing.T, s *inflight.Store)) {
+	open := func(t *testing.T, url string) *inflight.Store {
+		s, err := inflight.Open(inflight.Options{URL: url})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = s.Close() })
+		return s
+	}
+	t.Run("redis", func(t *testing.T) { fn(t, open(t, redistest.Start(t).URL())) })
+	t.Run("embedded", func(t *testing.T) { fn(t, open(t, "")) })
+}
+
+func check(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+func request(id string, expires time.Time) inflight.Request {
+	return inflight.Request{ID: id, Orchestrator: "demo", Run: "r", Step: "s", Scope: "vault:demo-read", Status: "issued", Expires: expires}
+}
+
+func TestALiveCredentialIsDueAtItsEndAndNotAfterItWasClosed(t *testing.T) {
+	both(t, func(t *testing.T, s *inflight.Store) {
+		ctx, now := t.Context(), time.Now()
+		check(t, s.Put(ctx, request("req_b", now.Add(time.Second))))
+		check(t, s.Put(ctx, request("req_a", now)))
+		check(t, s.Put(ctx, request("req_c", now.Add(time.Hour))))
+		due, err := s.Due(ctx, now.Add(2*time.Second), 10)
+		check(t, err)
+		if !slices.Equal(due, []string{"req_a", "req_b"}) {
+			t.Fatalf("due: %v", due)
+		}
+		ids, err := s.Step(ctx, "demo", "r", "s")
+		check(t, err)
+		if len(ids) != 3 {
+			t.Fatalf("step: %v", ids)
+		}
+		closed := request("req_a", time.Time{})
+		closed.Status = "closed"
+		check(t, s.Put(ctx, closed))
+		check(t, s.Forget(ctx, "req_b"))
+		due, err = s.Due(ctx, now.Add(2*time.Second), 10)
+		check(t, err)
+		if len(due) != 0 {
+			t.Fatalf("still due: %v", due)
+		}
+		r, err := s.Request(ctx, "req_a")
+		check(t, err)
+		if r == nil || r.Status != "closed" || r.Orchestrator != "demo" {
+			t.Fatalf("status: %+v", r)
+		}
+		if r, err := s.Request(ctx, "req_unknown"); r != nil || err != nil {
+			t.Fatalf("an unknown request: %v, %v", r, err)
+		}
+	})
+}
+
+func TestAnEmptyRedisIsNoticedAndARebuiltOneIsNot(t *testing.T) {
+	both(t, func(t *testing.T, s *inflight.Store) {
+		gen, err := s.Generation(t.Context())
+		check(t, err)
+		if gen != "" {
+			t.Fatalf("a new Redis has generation %q", gen)
+		}
+		var live []inflight.Request
+		for _, id := range []string{"req_1", "req_2"} {
+			live = append(live, request(id, time.Now()))
+		}
+		check(t, s.Rebuild(t.Context(), "g1", live))
+		gen, err = s.Generation(t.Context())
+		check(t, err)
+		due, _ := s.Due(t.Context(), time.Now().Add(time.Second), 10)
+		if gen != "g1" || len(due) != 2 {
+			t.Fatalf("generation %q, due %v", gen, due)
+		}
+	})
+}
+
+func TestAClaimIsTakenOnceUntilItEnds(t *testing.T) {
+	both(t, func(t *testing.T, s *inflight.Store) {
+		ctx := t.Context()
+		first, err := s.Claim(ctx, "x", 300*time.Millisecond)
+		check(t, err)
+		second, err := s.Claim(ctx, "x", time.Minute)
+		check(t, err)
+		if !first || second {
+			t.Fatalf("claims: %v, %v", first, second)
+		}
+		for end := time.Now().Add(5 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+			if ok, err := s.Claim(ctx, "x", time.Minute); err == nil && ok {
+				break
+			}
+			if time.Now().After(end) {
+				t.Fatal("the claim never ended")
+			}
+		}
+		check(t, s.Release(ctx, "x"))
+		if ok, _ := s.Claim(ctx, "x", time.Minute); !ok {
+			t.Fatal("a claim that was given back cannot be taken")
+		}
+	})
+}
+
+func TestWhoWaitsForARequestIsWoken(t *testing.T) {
+	both(t, func(t *testing.T, s *inflight.Store) {
+		wake, stop := s.Wake(t.Context(), "req_1")
+		defer stop()
+		for end := time.After(5 * time.Second); ; {
+			// The subscription may not stand yet, so the note is repeated.
+			check(t, s.Put(t.Context(), request("req_1", time.Now())))
+			select {
+			case <-wake:
+				return
+			case <-time.After(20 * time.Millisecond):
+			case <-end:
+				t.Fatal("nobody was woken")
+			}
+		}
+	})
+}
+
+func TestAGoneRedisIsUnavailableAndComesBackEmpty(t *testing.T) {
+	srv := redistest.Start(t)
+	s, err := inflight.Open(inflight.Options{URL: srv.URL(), Timeout: 200 * time.Millisecond})
+	check(t, err)
+	defer func() { _ = s.Close() }()
+	check(t, s.Rebuild(t.Context(), "g1", nil))
+	srv.Stop()
+	ctx := t.Context()
+	_, e1 := s.Generation(ctx)
+	_, e2 := s.Request(ctx, "x")
+	_, e3 := s.Claim(ctx, "x", time.Second)
+	_, e4 := s.Due(ctx, time.Now(), 1)
+	for i, err := range []error{e1, e2, e3, e4, s.Ping(ctx), s.Put(ctx, request("x", time.Now()))} {
+		if !errors.Is(err, inflight.ErrUnavailable) {
+			t.Errorf("call %d: %v", i, err)
+		}
+	}
+	srv.Run()
+	for end := time.Now().Add(5 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+		gen, err := s.Generation(ctx)
+		if err == nil {
+			if gen != "" {
+				t.Fatalf("generation %q", gen)
+			}
+			return
+		}
+		if time.Now().After(end) {
+			t.Fatal(err)
+		}
+	}
+}
+
+func TestAnErrorNeverNamesThePasswordOfTheURL(t *testing.T) {
+	_, err := inflight.Open(inflight.Options{URL: "redis://u:planted-password@%zz"})
+	if err == nil || strings.Contains(err.Error(), "planted-password") {
+		t.Fatalf("error: %v", err)
+	}
+	s, err := inflight.Open(inflight.Options{URL: "redis://u:planted-password@127.0.0.1:1", Timeout: 100 * time.Millisecond})
+	check(t, err)
+	defer func() { _ = s.Close() }()
+	if err := s.Ping(context.Background()); err == nil || strings.Contains(err.Error(), "planted-password") {
+		t.Fatalf("error: %v", err)
+	}
+}
