@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"github.com/goccy/go-yaml"
+
+	"github.com/countersign-dev/countersign/api/auth"
 )
 
 // serveConfig is the file of `countersign serve`. Every secret is named by
@@ -38,14 +40,15 @@ type serveConfig struct {
 // recordConfig is the file of `countersign record`.
 type recordConfig struct {
 	Listen     listenConfig  `yaml:"listen"`
-	Dir        string        `yaml:"dir"`         // holds the ledger's database
-	HeadFile   string        `yaml:"head_file"`   // outside the database; best on another disk
-	KeysFile   string        `yaml:"keys_file"`   // keys of erasable texts; keep it out of the database's backups
-	LogKey     string        `yaml:"log_key"`     // file
-	PrivacyKey string        `yaml:"privacy_key"` // file
-	Tokens     string        `yaml:"tokens"`      // file of token hashes: writers and reviewers
-	Grace      time.Duration `yaml:"grace"`       // age at which another writer's open intent may be closed
-	Publish    time.Duration `yaml:"publish"`     // between published checkpoints
+	Dir        string        `yaml:"dir"`          // holds the ledger's database
+	HeadFile   string        `yaml:"head_file"`    // outside the database; best on another disk
+	KeysFile   string        `yaml:"keys_file"`    // keys of erasable texts; keep it out of the database's backups
+	LogKey     string        `yaml:"log_key"`      // file
+	PrivacyKey string        `yaml:"privacy_key"`  // file
+	Tokens     string        `yaml:"tokens"`       // file of token hashes: writers and reviewers
+	Certs      auth.Certs    `yaml:"certificates"` // client certificates of writers
+	Grace      time.Duration `yaml:"grace"`        // age at which another writer's open intent may be closed
+	Publish    time.Duration `yaml:"publish"`      // between published checkpoints
 	Drain      time.Duration `yaml:"drain"`
 }
 
@@ -87,20 +90,10 @@ type redisConfig struct {
 	Embedded bool   `yaml:"embedded"`
 }
 
-// callersConfig says who may call as an orchestrator.
+// callersConfig says who may call as an orchestrator or a resource server.
 type callersConfig struct {
-	Tokens string       `yaml:"tokens"` // file of token hashes
-	OIDC   []oidcConfig `yaml:"oidc"`
-}
-
-// oidcConfig maps an OIDC issuer's JWTs to orchestrators.
-type oidcConfig struct {
-	Issuer       string            `yaml:"issuer"`
-	Audience     string            `yaml:"audience"`
-	JWKS         string            `yaml:"jwks_url"`     // discovered from the issuer when empty
-	Claims       map[string]string `yaml:"claims"`       // claim to the value it must have
-	Orchestrator string            `yaml:"orchestrator"` // name of the one it maps to
-	Claim        string            `yaml:"claim"`        // or the claim that holds the name
+	Tokens string              `yaml:"tokens"` // file of token hashes
+	OIDC   []auth.IssuerConfig `yaml:"oidc"`
 }
 
 // loadConfig reads a YAML file into c. Unknown and duplicate keys are refused

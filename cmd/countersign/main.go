@@ -77,6 +77,7 @@ Start with: countersign dev`,
 	cmd.AddCommand(
 		keyCommand(),
 		scopesCommand(),
+		tokenCommand(),
 		verifyCommand(),
 		versionCommand(),
 	)
