@@ -67,17 +67,9 @@ func (b *Broker) Introspect(ctx context.Context, server, token, use string) (*is
 	return claims, nil
 }
 
-// Refused puts on record that a caller tried what its role does not allow.
-func (b *Broker) Refused(ctx context.Context, agent, action string, d store.RefusedDetails) error {
-	if !b.begin() {
-		return ErrShuttingDown
-	}
-	defer b.work.Done()
-	if agent == "" {
-		agent = b.agent()
-	}
-	s := b.submission(store.AccessRefused, &store.Entry{Agent: agent, Action: action})
-	s.SetDetails(d)
+// Record puts one entry on record that is no part of the flow: what
+// auth.NewRefusals is to be given.
+func (b *Broker) Record(ctx context.Context, s *store.Submission) error {
 	_, err := b.append(ctx, s)
 	return err
 }

@@ -23,6 +23,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/countersign-dev/countersign/api"
+	"github.com/countersign-dev/countersign/api/auth"
 	"github.com/countersign-dev/countersign/api/problem"
 	"github.com/countersign-dev/countersign/api/server"
 	"github.com/countersign-dev/countersign/broker"
@@ -43,14 +44,11 @@ type Discovery interface {
 // Config is what the API is made of.
 type Config struct {
 	Broker   *broker.Broker
-	Identity Discovery // nil: nothing is published
-	// Orchestrators and Servers let through calls of one role, and put the
-	// caller's name where Caller finds it.
-	Orchestrators func(http.Handler) http.Handler
-	Servers       func(http.Handler) http.Handler
-	Caller        func(context.Context) string
+	Identity Discovery   // nil: nothing is published
+	Guard    *auth.Guard // who may call
 	// Subject checks a subject_token and returns the subject it proves. Nil:
-	// subjects are claimed, never proved, and a token is refused.
+	// the Guard's OIDC providers do; without any, subjects are claimed, never
+	// proved, and a token is refused.
 	Subject func(ctx context.Context, token string) (string, error)
 	Log     *zap.Logger
 }
@@ -60,10 +58,13 @@ func New(c Config) http.Handler {
 	if c.Log == nil {
 		c.Log = zap.NewNop()
 	}
+	if c.Subject == nil && c.Guard.OIDC != nil {
+		c.Subject = c.Guard.OIDC.Subject
+	}
 	a := &handlers{Config: c}
 	r := server.NewRouter(c.Log, server.MaxBody)
 	r.Group(func(r chi.Router) {
-		r.Use(c.Orchestrators)
+		r.Use(c.Guard.Require(auth.Orchestrator))
 		r.Post("/steps/{step}/credential", answer(a.credential))
 		r.Delete("/steps/{step}/credential", answer(a.revoke))
 		r.Post("/steps/{step}/result", answer(a.result))
@@ -71,7 +72,7 @@ func New(c Config) http.Handler {
 		r.Delete("/requests/{id}", answer(a.withdraw))
 		r.Get("/scopes", answer(a.scopes))
 	})
-	r.With(c.Servers).Post("/introspect", answer(a.introspect))
+	r.With(c.Guard.Require(auth.ResourceServer)).Post("/introspect", answer(a.introspect))
 	if c.Identity != nil {
 		r.Get("/.well-known/openid-configuration", published(c.Identity.Discovery))
 		r.Get("/.well-known/jwks.json", published(c.Identity.JWKS))
@@ -88,7 +89,7 @@ func New(c Config) http.Handler {
 type handlers struct{ Config }
 
 func (a *handlers) who(r *http.Request) broker.Caller {
-	return broker.Caller{Orchestrator: a.Caller(r.Context())}
+	return broker.Caller{Orchestrator: auth.From(r.Context()).Name}
 }
 
 // answer writes what a handler could not do as the problem that it is: the one
@@ -427,7 +428,7 @@ func (a *handlers) introspect(w http.ResponseWriter, r *http.Request) error {
 	if use != "" && !uses.MatchString(use) {
 		return problem.Malformed("use is a short name of what is done, such as \"GET /orders\"")
 	}
-	claims, err := a.Broker.Introspect(r.Context(), a.Caller(r.Context()), form.Get("token"), use)
+	claims, err := a.Broker.Introspect(r.Context(), auth.From(r.Context()).Name, form.Get("token"), use)
 	if err != nil {
 		return err
 	}
