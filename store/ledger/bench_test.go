@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -32,6 +33,8 @@ func benchmarkAppend(b *testing.B, n int) {
 	}
 	took := make([]time.Duration, b.N)
 	var wg sync.WaitGroup
+	var r0, r1 syscall.Rusage
+	syscall.Getrusage(syscall.RUSAGE_SELF, &r0)
 	b.ResetTimer()
 	for c := range n {
 		wg.Add(1)
@@ -49,6 +52,8 @@ func benchmarkAppend(b *testing.B, n int) {
 	}
 	wg.Wait()
 	b.StopTimer()
+	syscall.Getrusage(syscall.RUSAGE_SELF, &r1)
+	b.ReportMetric(float64(r1.Utime.Nano()+r1.Stime.Nano()-r0.Utime.Nano()-r0.Stime.Nano())/1e3/float64(b.N), "cpu-us/entry")
 	slices.Sort(took)
 	b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "entries/s")
 	b.ReportMetric(float64(took[len(took)/2].Microseconds()), "p50-us")

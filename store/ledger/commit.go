@@ -418,10 +418,10 @@ func (l *Ledger) write(ctx context.Context, p *pending) (_ *head, err error) {
 			_, _ = w.conn.ExecContext(ctx, "ROLLBACK")
 		}
 	}()
-	if err := w.insert(ctx, "INSERT INTO entries (idx, body)", 2, entries); err != nil {
+	if err := w.insert(ctx, "INSERT OR ROLLBACK INTO entries (idx, body)", 2, entries); err != nil {
 		return nil, err
 	}
-	if err := w.insert(ctx, "INSERT INTO hashes (idx, nodes)", 2, hashes); err != nil {
+	if err := w.insert(ctx, "INSERT OR ROLLBACK INTO hashes (idx, nodes)", 2, hashes); err != nil {
 		return nil, err
 	}
 	if err := w.insert(ctx, "INSERT INTO sealed (idx, field, box)", 3, sealed); err != nil {
@@ -437,7 +437,7 @@ func (l *Ledger) write(ctx context.Context, p *pending) (_ *head, err error) {
 			return nil, err
 		}
 	}
-	if err := w.exec(ctx, "INSERT INTO checkpoints (size, note) VALUES (?, ?)", h.size, h.note); err != nil {
+	if err := w.exec(ctx, "INSERT OR ROLLBACK INTO checkpoints (size, note) VALUES (?, ?)", h.size, h.note); err != nil {
 		return nil, err
 	}
 	if err := w.exec(ctx, "COMMIT"); err != nil {

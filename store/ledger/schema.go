@@ -75,14 +75,14 @@ func schema() []string {
 		"CREATE TABLE open_requests (request TEXT PRIMARY KEY, state TEXT NOT NULL) STRICT, WITHOUT ROWID",
 		"CREATE TABLE sealed (idx INTEGER NOT NULL, field TEXT NOT NULL, box BLOB NOT NULL, PRIMARY KEY (idx, field)) STRICT, WITHOUT ROWID",
 
-		`CREATE TRIGGER entries_append AFTER INSERT ON entries WHEN NEW.idx <> (SELECT max(idx) FROM entries) OR EXISTS (SELECT 1 FROM hashes WHERE idx >= NEW.idx) OR (NEW.idx > 0 AND NOT EXISTS (SELECT 1 FROM entries WHERE idx = NEW.idx - 1)) BEGIN SELECT RAISE(ABORT, 'entries are only appended'); END`,
-		`CREATE TRIGGER entries_once AFTER INSERT ON entries WHEN NEW.id IS NULL OR EXISTS (SELECT 1 FROM entries WHERE id = NEW.id AND idx <> NEW.idx) BEGIN SELECT RAISE(ABORT, 'an entry id is appended once'); END`,
-		`CREATE TRIGGER hashes_append BEFORE INSERT ON hashes WHEN NEW.idx IS NOT (SELECT coalesce(max(idx) + 1, 0) FROM hashes) BEGIN SELECT RAISE(ABORT, 'hashes are only appended'); END`,
-		`CREATE TRIGGER checkpoints_append BEFORE INSERT ON checkpoints WHEN NEW.size <= (SELECT max(size) FROM checkpoints) BEGIN SELECT RAISE(ABORT, 'checkpoints are only appended'); END`,
+		`CREATE TRIGGER entries_append AFTER INSERT ON entries WHEN NEW.idx <> (SELECT max(idx) FROM entries) OR EXISTS (SELECT 1 FROM hashes WHERE idx >= NEW.idx) OR (NEW.idx > 0 AND NOT EXISTS (SELECT 1 FROM entries WHERE idx = NEW.idx - 1)) BEGIN SELECT RAISE(ROLLBACK, 'entries are only appended'); END`,
+		`CREATE TRIGGER entries_once AFTER INSERT ON entries WHEN NEW.id IS NULL OR EXISTS (SELECT 1 FROM entries WHERE id = NEW.id AND idx <> NEW.idx) BEGIN SELECT RAISE(ROLLBACK, 'an entry id is appended once'); END`,
+		`CREATE TRIGGER hashes_append BEFORE INSERT ON hashes WHEN NEW.idx IS NOT (SELECT coalesce(max(idx) + 1, 0) FROM hashes) BEGIN SELECT RAISE(ROLLBACK, 'hashes are only appended'); END`,
+		`CREATE TRIGGER checkpoints_append BEFORE INSERT ON checkpoints WHEN NEW.size <= (SELECT max(size) FROM checkpoints) BEGIN SELECT RAISE(ROLLBACK, 'checkpoints are only appended'); END`,
 	)
 	for _, t := range []string{"entries", "hashes", "checkpoints"} {
 		for _, op := range []string{"UPDATE", "DELETE"} {
-			s = append(s, fmt.Sprintf("CREATE TRIGGER %s_no_%s BEFORE %s ON %[1]s BEGIN SELECT RAISE(ABORT, '%[1]s are only appended'); END", t, strings.ToLower(op), op))
+			s = append(s, fmt.Sprintf("CREATE TRIGGER %s_no_%s BEFORE %s ON %[1]s BEGIN SELECT RAISE(ROLLBACK, '%[1]s are only appended'); END", t, strings.ToLower(op), op))
 		}
 	}
 	return s
