@@ -1,0 +1,307 @@
+// Package record is the recorder's API for writers, the brokers and gateways:
+// they append, read what is open, and follow it. Who writes and when is the
+// recorder's to say: it stamps both from the authenticated caller.
+package record
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"strconv"
+	"sync"
+	"time"
+
+	"filippo.io/torchwood"
+	"github.com/go-chi/chi/v5"
+	"github.com/go-json-experiment/json"
+	"go.uber.org/zap"
+	"golang.org/x/mod/sumdb/tlog"
+
+	"github.com/countersign-dev/countersign/api/auth"
+	"github.com/countersign-dev/countersign/api/problem"
+	"github.com/countersign-dev/countersign/api/server"
+	"github.com/countersign-dev/countersign/store"
+	"github.com/countersign-dev/countersign/store/ledger"
+)
+
+// Limits of one append.
+const (
+	MaxBody  = 4 << 20 // bytes
+	MaxLines = 1000
+)
+
+// Heartbeat is how often /follow sends an empty line when nothing happens, so
+// that a follower notices a recorder that is gone.
+const Heartbeat = 10 * time.Second
+
+// HeaderSeen names the size of the last head that a writer has verified. The
+// acknowledgement then carries the proof that its head continues that one.
+const HeaderSeen = "Countersign-Seen"
+
+// NDJSON is the media type of an append and of /follow.
+const NDJSON = "application/x-ndjson"
+
+// Ack is the answer to an append and to /open, and one line of /follow.
+type Ack struct {
+	store.Appended
+	// Consistency proves that the checkpoint continues the head of the size
+	// given in Countersign-Seen (RFC 6962, section 2.1.2). Empty where none
+	// was given, or nothing is to be proved.
+	Consistency tlog.TreeProof `json:"consistency,omitzero"`
+}
+
+// Consistency is the answer to GET /consistency.
+type Consistency struct {
+	From  int64          `json:"from"`
+	To    int64          `json:"to"`
+	Proof tlog.TreeProof `json:"proof"`
+}
+
+// Server answers writers from one ledger.
+type Server struct {
+	ledger *ledger.Ledger
+	guard  *auth.Guard
+	drain  context.Context
+	stop   context.CancelFunc
+}
+
+// New returns the writers' API of l.
+func New(l *ledger.Ledger, g *auth.Guard) *Server {
+	s := &Server{ledger: l, guard: g}
+	s.drain, s.stop = context.WithCancel(context.Background())
+	return s
+}
+
+// Drain ends what streams, so that a listener can shut down.
+func (s *Server) Drain() { s.stop() }
+
+// Routes adds the writers' routes to r. Their bodies are larger than others':
+// the router's own limit must be MaxBody.
+func (s *Server) Routes(r chi.Router) {
+	r.Group(func(r chi.Router) {
+		r.Use(s.guard.Require(auth.Writer))
+		r.Post("/append", s.append)
+		r.Get("/open", s.open)
+		r.Get("/follow", s.follow)
+		r.Get("/consistency", s.consistency)
+	})
+}
+
+func (s *Server) append(w http.ResponseWriter, r *http.Request) {
+	seen, err := size(r.Header.Get(HeaderSeen), HeaderSeen)
+	if err != nil {
+		problem.Write(w, r, err)
+		return
+	}
+	body, err := server.Body(r)
+	if err != nil {
+		problem.Write(w, r, err)
+		return
+	}
+	lines, err := split(body)
+	if err != nil {
+		problem.Write(w, r, err)
+		return
+	}
+	a, err := s.ledger.Append(r.Context(), ledger.Author{Name: auth.From(r.Context()).Name}, lines)
+	if err != nil {
+		problem.Write(w, r, err)
+		return
+	}
+	s.answer(w, r, a, seen)
+}
+
+// split cuts an NDJSON body into its lines. The last newline may be missing;
+// an empty line is refused, since it is no entry.
+func split(body []byte) ([][]byte, error) {
+	body = bytes.TrimSuffix(body, []byte("\n"))
+	if len(body) == 0 {
+		return nil, problem.Malformed("the body has no entries, want one JSON object per line")
+	}
+	if n := bytes.Count(body, []byte("\n")) + 1; n > MaxLines {
+		return nil, problem.Malformed(fmt.Sprintf("%d entries in one append, at most %d", n, MaxLines))
+	}
+	lines := bytes.Split(body, []byte("\n"))
+	for i, l := range lines {
+		if len(bytes.TrimSpace(l)) == 0 {
+			return nil, problem.Malformed(fmt.Sprintf("line %d is empty", i+1))
+		}
+	}
+	return lines, nil
+}
+
+func (s *Server) open(w http.ResponseWriter, r *http.Request) {
+	seen, err := size(r.Header.Get(HeaderSeen), HeaderSeen)
+	if err != nil {
+		problem.Write(w, r, err)
+		return
+	}
+	request := r.URL.Query().Get("request")
+	if request != "" && !store.ValidID(request) {
+		problem.Write(w, r, problem.Malformed("request is not a valid ID"))
+		return
+	}
+	a, err := s.ledger.OpenSet(r.Context(), request)
+	if err != nil {
+		problem.Write(w, r, err)
+		return
+	}
+	s.answer(w, r, a, seen)
+}
+
+// answer sends a with the proof that its head continues the one of size seen.
+// A seen size beyond the head gets no proof: the writer has seen a longer log
+// than this one, and finds that out by itself.
+func (s *Server) answer(w http.ResponseWriter, r *http.Request, a *store.Appended, seen int64) {
+	ack := Ack{Appended: *a}
+	if seen > 0 {
+		n, err := headSize(a.Checkpoint)
+		if err == nil && seen < n {
+			ack.Consistency, err = s.ledger.Consistency(r.Context(), seen, n)
+		}
+		if err != nil {
+			problem.Write(w, r, fmt.Errorf("proof of consistency: %w", err))
+			return
+		}
+	}
+	b, err := json.Marshal(&ack)
+	if err != nil {
+		problem.Write(w, r, err)
+		return
+	}
+	w.Header().Set("Content-Type", "application/json")
+	_, _ = w.Write(b)
+}
+
+// headSize reads the tree size of a checkpoint that the ledger itself signed.
+func headSize(checkpoint string) (int64, error) {
+	text, _, _ := cutNote(checkpoint)
+	c, err := torchwood.ParseCheckpoint(text)
+	return c.N, err
+}
+
+// cutNote splits a signed note into text and signatures (C2SP signed-note).
+func cutNote(signed string) (text, sigs string, ok bool) {
+	i := bytes.LastIndex([]byte(signed), []byte("\n\n"))
+	if i < 0 {
+		return signed, "", false
+	}
+	return signed[:i+1], signed[i+2:], true
+}
+
+func (s *Server) consistency(w http.ResponseWriter, r *http.Request) {
+	q := r.URL.Query()
+	from, err1 := size(q.Get("from"), "from")
+	to, err2 := size(q.Get("to"), "to")
+	if err := errors.Join(err1, err2); err != nil {
+		problem.Write(w, r, err)
+		return
+	}
+	switch {
+	case from < 1 || to < from:
+		problem.Write(w, r, problem.Malformed("want from and to with 1 <= from <= to"))
+		return
+	case to > s.ledger.Size():
+		problem.Write(w, r, problem.NotFound(fmt.Sprintf("the log has %d entries", s.ledger.Size())))
+		return
+	}
+	c := Consistency{From: from, To: to}
+	if from < to {
+		var err error
+		if c.Proof, err = s.ledger.Consistency(r.Context(), from, to); err != nil {
+			problem.Write(w, r, err)
+			return
+		}
+	}
+	b, err := json.Marshal(&c)
+	if err != nil {
+		problem.Write(w, r, err)
+		return
+	}
+	w.Header().Set("Content-Type", "application/json")
+	_, _ = w.Write(b)
+}
+
+// follow streams what comes to be on record and is a writer's to know, one Ack
+// a line, from the entry after the given index on. It ends when the writer
+// goes, or the server drains.
+func (s *Server) follow(w http.ResponseWriter, r *http.Request) {
+	after := int64(-1)
+	if v := r.URL.Query().Get("after"); v != "" && v != "-1" {
+		n, err := size(v, "after")
+		if err != nil {
+			problem.Write(w, r, err)
+			return
+		}
+		after = n
+	}
+	ctx, cancel := context.WithCancel(r.Context())
+	defer cancel()
+	defer context.AfterFunc(s.drain, cancel)()
+
+	out := &stream{w: w, rc: http.NewResponseController(w)}
+	w.Header().Set("Content-Type", NDJSON)
+	if out.line(nil) != nil {
+		return
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		tick := time.NewTicker(Heartbeat)
+		defer tick.Stop()
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case <-tick.C:
+				if out.line(nil) != nil {
+					cancel()
+					return
+				}
+			}
+		}
+	}()
+	err := s.ledger.Follow(ctx, after, func(a *store.Appended) error {
+		b, err := json.Marshal(&Ack{Appended: *a})
+		if err != nil {
+			return err
+		}
+		return out.line(b)
+	})
+	cancel()
+	<-done // nothing may write after the handler has returned
+	if err != nil && r.Context().Err() == nil && s.drain.Err() == nil {
+		problem.Logger(r.Context()).Warn("a follower was cut off", zap.Error(err))
+	}
+}
+
+// stream writes whole lines from two goroutines, entries and heartbeats.
+type stream struct {
+	mu sync.Mutex
+	w  http.ResponseWriter
+	rc *http.ResponseController
+}
+
+func (s *stream) line(b []byte) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	server.Extend(s.w, 3*Heartbeat)
+	if _, err := s.w.Write(append(b, '\n')); err != nil {
+		return err
+	}
+	return s.rc.Flush()
+}
+
+// size parses a tree size or index; an absent one is 0.
+func size(s, name string) (int64, error) {
+	if s == "" {
+		return 0, nil
+	}
+	n, err := strconv.ParseInt(s, 10, 64)
+	if err != nil || n < 0 || strconv.FormatInt(n, 10) != s {
+		return 0, problem.Malformed(name + " is not a number of entries")
+	}
+	return n, nil
+}

@@ -1,0 +1,176 @@
+// Package server has what every HTTP listener of this program shares: the
+// router's outer layers, limits against slow and oversized requests, strict
+// decoding of bodies, and a clean end.
+package server
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"runtime/debug"
+	"time"
+
+	"github.com/go-chi/chi/v5"
+	"github.com/go-chi/chi/v5/middleware"
+	"go.uber.org/zap"
+
+	"github.com/countersign-dev/countersign/api/problem"
+	"github.com/countersign-dev/countersign/store"
+)
+
+// Limits of every listener.
+const (
+	// MaxBody is the largest body in bytes of an orchestrator's call.
+	MaxBody = 32 << 10
+	// MaxHeader is the largest header in bytes. A JWT with many claims fits.
+	MaxHeader = 32 << 10
+	// BodyTime is how long a body may take to arrive.
+	BodyTime = 30 * time.Second
+
+	headerTime = 10 * time.Second
+	idleTime   = 2 * time.Minute
+	// writeTime is longer than the longest wait of the contract (Prefer:
+	// wait=300). A handler that streams moves its own deadline (Extend).
+	writeTime = 6 * time.Minute
+)
+
+// NewRouter returns a router whose every answer carries a request ID and
+// security headers, and whose panics, unknown paths and unknown methods are
+// problem documents. Bodies are cut off after maxBody bytes.
+func NewRouter(log *zap.Logger, maxBody int64) *chi.Mux {
+	r := chi.NewRouter()
+	r.Use(identify(log), secure, recoverPanic, body(maxBody))
+	r.NotFound(func(w http.ResponseWriter, r *http.Request) {
+		problem.Write(w, r, problem.NotFound(""))
+	})
+	r.MethodNotAllowed(func(w http.ResponseWriter, req *http.Request) {
+		for _, m := range []string{http.MethodGet, http.MethodHead, http.MethodPost, http.MethodPut, http.MethodPatch, http.MethodDelete} {
+			if r.Match(chi.NewRouteContext(), m, req.URL.Path) {
+				w.Header().Add("Allow", m)
+			}
+		}
+		problem.Write(w, req, problem.MethodNotAllowed(req.Method))
+	})
+	return r
+}
+
+// identify gives each request an ID: the caller's X-Request-Id where it has the
+// form of one, so that a trace can be followed through, or else a fresh UUID.
+func identify(log *zap.Logger) func(http.Handler) http.Handler {
+	return func(next http.Handler) http.Handler {
+		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			id := r.Header.Get("X-Request-Id")
+			if !store.ValidID(id) {
+				id = store.NewID()
+			}
+			w.Header().Set("X-Request-Id", id)
+			next.ServeHTTP(w, r.WithContext(problem.NewContext(r.Context(), id, log)))
+		})
+	}
+}
+
+// secure sets the headers of an API that is no page. A handler that serves one
+// sets its own Content-Security-Policy.
+func secure(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		h := w.Header()
+		h.Set("X-Content-Type-Options", "nosniff")
+		h.Set("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'")
+		h.Set("Referrer-Policy", "no-referrer")
+		h.Set("Cache-Control", "no-store")
+		if r.TLS != nil {
+			h.Set("Strict-Transport-Security", "max-age=31536000") // one year in seconds, RFC 6797
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
+// recoverPanic answers a panic as an internal error and logs where it was.
+// What the panic said is logged too, unless an error value said it: those may
+// quote what they were handling.
+func recoverPanic(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		ww := middleware.NewWrapResponseWriter(w, r.ProtoMajor)
+		defer func() {
+			v := recover()
+			if v == nil {
+				return
+			}
+			if err, ok := v.(error); ok && errors.Is(err, http.ErrAbortHandler) {
+				panic(v) // net/http's own way to break off an answer
+			}
+			problem.Logger(r.Context()).Error("panic", zap.String("panic", fmt.Sprintf("%T", v)), zap.ByteString("stack", debug.Stack()))
+			if ww.Status() != 0 {
+				panic(http.ErrAbortHandler) // half an answer is out; do not let it look whole
+			}
+			problem.Write(ww, r, problem.Internal(fmt.Errorf("panic: %T", v)))
+		}()
+		next.ServeHTTP(ww, r)
+	})
+}
+
+// Extend moves the write deadline of the answer under way to d from now. Where
+// the transport has none it does nothing.
+func Extend(w http.ResponseWriter, d time.Duration) {
+	_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(d))
+}
+
+// Config of one listener.
+type Config struct {
+	Handler http.Handler
+	TLS     *tls.Config // nil: plain HTTP, for loopback and behind a TLS terminator
+	Log     *zap.Logger
+	// Drain is how long requests under way may take to end once ctx is done.
+	// Zero means 10 s.
+	Drain time.Duration
+}
+
+// Serve answers on l until ctx is done, then lets what is under way end. The
+// context of every request is done when its caller is gone or the drain is
+// over, whichever is first. Serve closes l.
+func Serve(ctx context.Context, l net.Listener, c Config) error {
+	drain := c.Drain
+	if drain == 0 {
+		drain = 10 * time.Second
+	}
+	requests, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	defer cancel()
+	s := &http.Server{
+		Handler:           c.Handler,
+		TLSConfig:         c.TLS,
+		ReadHeaderTimeout: headerTime,
+		WriteTimeout:      writeTime,
+		IdleTimeout:       idleTime,
+		MaxHeaderBytes:    MaxHeader,
+		ErrorLog:          zap.NewStdLog(c.Log.WithOptions(zap.IncreaseLevel(zap.WarnLevel))),
+		BaseContext:       func(net.Listener) context.Context { return requests },
+	}
+	failed := make(chan error, 1)
+	go func() {
+		if c.TLS != nil {
+			failed <- s.ServeTLS(l, "", "")
+		} else {
+			failed <- s.Serve(l)
+		}
+	}()
+	select {
+	case err := <-failed:
+		return fmt.Errorf("serving %s: %w", l.Addr(), err)
+	case <-ctx.Done():
+	}
+	late, stop := context.WithTimeout(context.WithoutCancel(ctx), drain)
+	defer stop()
+	err := s.Shutdown(late)
+	if err == nil {
+		return nil
+	}
+	cancel()
+	if err := s.Close(); err != nil {
+		return fmt.Errorf("closing %s: %w", l.Addr(), err)
+	}
+	c.Log.Warn("requests were cut off at shutdown", zap.Stringer("addr", l.Addr()), zap.Duration("drain", drain))
+	return nil
+}
