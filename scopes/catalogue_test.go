@@ -52,6 +52,17 @@ func TestEveryMistakeOfACatalogueIsToldWithItsPlaceAndItsRemedy(t *testing.T) {
 		{"an anchor and an alias", strings.Replace(token, "[ci]", "&who [ci]", 1) + "    delivery: *who\n"},
 		{"a merge key", token + "    <<: {delivery: [direct]}\n"},
 		{"a tag", strings.Replace(token, "max_ttl: 5m", "max_ttl: !!str 5m", 1)},
+		{"a directive", "%YAML 1.2\n---\n" + token},
+		{"a complex key", token + "    ? retention\n    : 24h\n"},
+		{"brackets without end", "scopes: " + strings.Repeat("[", 100)},
+		{"lists without end", "scopes:\n" + strings.Repeat("- ", 100)},
+		{"mappings without end", func() string {
+			s := ""
+			for i := range 100 {
+				s += strings.Repeat(" ", i) + "a:\n"
+			}
+			return s
+		}()},
 		{"TTLs", strings.Replace(token, "max_ttl: 5m", "max_ttl: 25h", 1) + "    default_ttl: 1m\n"},
 		{"a TTL of zero", strings.Replace(token, "max_ttl: 5m", "max_ttl: 0s", 1)},
 		{"a default above the maximum", token + "    default_ttl: 6m\n"},

@@ -14,13 +14,18 @@ import (
 
 	"github.com/goccy/go-yaml"
 	"github.com/goccy/go-yaml/ast"
+	"github.com/goccy/go-yaml/lexer"
 	"github.com/goccy/go-yaml/parser"
+	"github.com/goccy/go-yaml/token"
 )
 
 // maxFile is the size in bytes of the largest catalogue, policy or file of
-// cases. The parser recurses with the nesting of its input, so that the size
-// bounds its stack too.
+// cases.
 const maxFile = 256 << 10
+
+// maxNesting is how deep a file may nest. The parser recurses, and a Go stack
+// that overflows ends the process.
+const maxNesting = 32
 
 // maxProblems is how many problems of one file are told; a file that is not a
 // catalogue at all would otherwise give one a line.
@@ -142,7 +147,13 @@ func (r *reader) document(b []byte) (body ast.Node) {
 			body = nil
 		}
 	}()
-	f, err := parser.ParseBytes(b, 0, parser.AllowDuplicateMapKey())
+	tokens := lexer.Tokenize(string(b))
+	before := len(r.problems)
+	r.tokens(tokens)
+	if len(r.problems) > before {
+		return nil
+	}
+	f, err := parser.Parse(tokens, 0, parser.AllowDuplicateMapKey())
 	if err != nil {
 		var syntax *yaml.SyntaxError
 		if errors.As(err, &syntax) && syntax.Token != nil && syntax.Token.Position != nil {
@@ -165,6 +176,48 @@ func (r *reader) document(b []byte) (body ast.Node) {
 		return nil
 	}
 	return f.Docs[0].Body
+}
+
+// tokens refuses what a catalogue has no use for before it is parsed.
+func (r *reader) tokens(tokens token.Tokens) {
+	flow := 0
+	var columns []int // of the block collections that are open
+	for _, t := range tokens {
+		if t.Position == nil {
+			continue
+		}
+		at := position{t.Position.Line, t.Position.Column}
+		switch t.Type {
+		case token.AnchorType, token.AliasType, token.MergeKeyType:
+			r.at(at, "anchors, aliases and merge keys are not read", "write the value out, or quote it")
+		case token.TagType:
+			r.at(at, "tags are not read", "take the tag away, or quote the value")
+		case token.DirectiveType:
+			r.at(at, "directives are not read", "take the line out")
+		case token.MappingKeyType:
+			r.at(at, "keys with ? are not read", "write `key: value`")
+		case token.SequenceStartType, token.MappingStartType:
+			flow++
+		case token.SequenceEndType, token.MappingEndType:
+			flow--
+		case token.SequenceEntryType, token.MappingValueType:
+			if flow > 0 {
+				continue
+			}
+			column := t.Position.Column
+			if t.Type == token.MappingValueType && t.Prev != nil && t.Prev.Position != nil && t.Prev.Position.Line == t.Position.Line {
+				column = t.Prev.Position.Column
+			}
+			for len(columns) > 0 && columns[len(columns)-1] >= column {
+				columns = columns[:len(columns)-1]
+			}
+			columns = append(columns, column)
+		}
+		if flow+len(columns) > maxNesting {
+			r.at(at, fmt.Sprintf("nested deeper than %d", maxNesting), "write it flat")
+			return
+		}
+	}
 }
 
 // fields is a mapping's values by key.
@@ -375,9 +428,9 @@ func kind(n ast.Node) string {
 	case *ast.NullNode, nil:
 		return "empty"
 	case *ast.AnchorNode, *ast.AliasNode, *ast.MergeKeyNode:
-		return "an anchor or alias (write the value out)"
+		return "an anchor or alias"
 	case *ast.TagNode:
-		return "a tagged value (take the tag away)"
+		return "a tagged value"
 	}
 	return "something else"
 }
