@@ -849,7 +849,11 @@ func (r *reader) hours(n ast.Node) *Hours {
 		return nil
 	}
 	h := &Hours{Zone: "UTC"}
-	for key, to := range map[string]*string{"from": &h.From, "to": &h.To} {
+	for _, key := range []string{"from", "to"} {
+		to := &h.From
+		if key == "to" {
+			to = &h.To
+		}
 		v := f.get(key)
 		if v == nil {
 			r.bad(n, "hours has no "+key, fmt.Sprintf("write `%s: \"08:00\"`", key))

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -159,6 +160,24 @@ func TestAPolicyWithAMistakeDoesNotLoad(t *testing.T) {
 		fmt.Fprintf(&b, "# %s\n%v\n\n", c.name, err)
 	}
 	golden(t, "policy-errors.txt", b.String())
+}
+
+func TestManyAsksAreDecidedAtOnce(t *testing.T) {
+	s := demoSet(t, "package countersign\n\ndeny contains sprintf(\"run %s\", [input.run]) if input.run != \"\"\n")
+	var wg sync.WaitGroup
+	for i := range 8 {
+		wg.Go(func() {
+			a := ask("vault:demo-read")
+			a.Run = fmt.Sprintf("run-%d", i)
+			for range 50 {
+				v, err := s.Decide(context.Background(), a)
+				if err != nil || !slices.Equal(v.Reasons, []string{"run " + a.Run}) {
+					t.Errorf("%s is told %+v, %v", a.Run, v, err)
+				}
+			}
+		})
+	}
+	wg.Wait()
 }
 
 func BenchmarkDecide(b *testing.B) {

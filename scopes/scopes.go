@@ -148,28 +148,28 @@ type Connection struct {
 
 // Approval is the rule by which people decide.
 type Approval struct {
-	Groups  []ApprovalGroup `json:"groups"`
-	Expires time.Duration   `json:"-"`
-	Hours   *Hours          `json:"hours,omitzero"`
-	Reasons struct {
-		Requester bool `json:"requester"`
-		Approver  bool `json:"approver"`
-	} `json:"reasons"`
-	Passkey bool `json:"passkey"`
+	Groups  []ApprovalGroup
+	Expires time.Duration
+	Hours   *Hours // nil: at any time
+	Reasons ApprovalReasons
+	Passkey bool // a decision must be signed
 }
+
+// ApprovalReasons says who owes a reason.
+type ApprovalReasons struct{ Requester, Approver bool }
 
 // ApprovalGroup is how many people of a group must approve.
 type ApprovalGroup struct {
-	Group string `json:"group"`
-	Count int    `json:"count"`
+	Group string
+	Count int
 }
 
 // Hours are when a scope may be approved.
 type Hours struct {
-	From string         `json:"from"` // "08:00"
-	To   string         `json:"to"`   // "18:00"; earlier than From: over midnight
-	Days []time.Weekday `json:"days"` // empty: every day
-	Zone string         `json:"zone"` // IANA name, "UTC" where none is given
+	From string         // "08:00"
+	To   string         // "18:00"; earlier than From: over midnight
+	Days []time.Weekday // empty: every day
+	Zone string         // IANA name, "UTC" where none is given
 }
 
 // Ask is one request for a credential.
