@@ -103,7 +103,6 @@ func VaultSetup(set *Set, opts VaultOptions) *VaultPlan {
 		broker = append(broker,
 			rule{"Extend a child once it is on record, and end it, by its accessor.", "auth/token/renew-accessor", []string{"update"}, nil},
 			rule{"", "auth/token/revoke-accessor", []string{"update"}, nil},
-			rule{"See whether a child still lives.", "auth/token/lookup-accessor", []string{"update"}, nil},
 		)
 	}
 	if len(leases) > 0 {

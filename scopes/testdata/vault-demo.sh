@@ -103,11 +103,6 @@ path "auth/token/revoke-accessor" {
   capabilities = ["update"]
 }
 
-# See whether a child still lives.
-path "auth/token/lookup-accessor" {
-  capabilities = ["update"]
-}
-
 # End the leases of children at once, and no other lease.
 path "sys/leases/revoke" {
   capabilities = ["update"]
