@@ -17,9 +17,9 @@ import (
 	"github.com/go-chi/chi/v5"
 	"github.com/go-json-experiment/json"
 	"go.uber.org/zap"
-	"golang.org/x/mod/sumdb/tlog"
 
 	"github.com/countersign-dev/countersign/api/auth"
+	"github.com/countersign-dev/countersign/api/client"
 	"github.com/countersign-dev/countersign/api/problem"
 	"github.com/countersign-dev/countersign/api/server"
 	"github.com/countersign-dev/countersign/store"
@@ -31,33 +31,6 @@ const (
 	MaxBody  = 4 << 20 // bytes
 	MaxLines = 1000
 )
-
-// Heartbeat is how often /follow sends an empty line when nothing happens, so
-// that a follower notices a recorder that is gone.
-const Heartbeat = 10 * time.Second
-
-// HeaderSeen names the size of the last head that a writer has verified. The
-// acknowledgement then carries the proof that its head continues that one.
-const HeaderSeen = "Countersign-Seen"
-
-// NDJSON is the media type of an append and of /follow.
-const NDJSON = "application/x-ndjson"
-
-// Ack is the answer to an append and to /open, and one line of /follow.
-type Ack struct {
-	store.Appended
-	// Consistency proves that the checkpoint continues the head of the size
-	// given in Countersign-Seen (RFC 6962, section 2.1.2). Empty where none
-	// was given, or nothing is to be proved.
-	Consistency tlog.TreeProof `json:"consistency,omitzero"`
-}
-
-// Consistency is the answer to GET /consistency.
-type Consistency struct {
-	From  int64          `json:"from"`
-	To    int64          `json:"to"`
-	Proof tlog.TreeProof `json:"proof"`
-}
 
 // Server answers writers from one ledger.
 type Server struct {
@@ -90,7 +63,7 @@ func (s *Server) Routes(r chi.Router) {
 }
 
 func (s *Server) append(w http.ResponseWriter, r *http.Request) {
-	seen, err := size(r.Header.Get(HeaderSeen), HeaderSeen)
+	seen, err := size(r.Header.Get(client.HeaderSeen), client.HeaderSeen)
 	if err != nil {
 		problem.Write(w, r, err)
 		return
@@ -133,7 +106,7 @@ func split(body []byte) ([][]byte, error) {
 }
 
 func (s *Server) open(w http.ResponseWriter, r *http.Request) {
-	seen, err := size(r.Header.Get(HeaderSeen), HeaderSeen)
+	seen, err := size(r.Header.Get(client.HeaderSeen), client.HeaderSeen)
 	if err != nil {
 		problem.Write(w, r, err)
 		return
@@ -155,7 +128,7 @@ func (s *Server) open(w http.ResponseWriter, r *http.Request) {
 // A seen size beyond the head gets no proof: the writer has seen a longer log
 // than this one, and finds that out by itself.
 func (s *Server) answer(w http.ResponseWriter, r *http.Request, a *store.Appended, seen int64) {
-	ack := Ack{Appended: *a}
+	ack := client.Ack{Appended: *a}
 	if seen > 0 {
 		n, err := headSize(a.Checkpoint)
 		if err == nil && seen < n {
@@ -207,7 +180,7 @@ func (s *Server) consistency(w http.ResponseWriter, r *http.Request) {
 		problem.Write(w, r, problem.NotFound(fmt.Sprintf("the log has %d entries", s.ledger.Size())))
 		return
 	}
-	c := Consistency{From: from, To: to}
+	c := client.Consistency{From: from, To: to}
 	if from < to {
 		var err error
 		if c.Proof, err = s.ledger.Consistency(r.Context(), from, to); err != nil {
@@ -242,14 +215,14 @@ func (s *Server) follow(w http.ResponseWriter, r *http.Request) {
 	defer context.AfterFunc(s.drain, cancel)()
 
 	out := &stream{w: w, rc: http.NewResponseController(w)}
-	w.Header().Set("Content-Type", NDJSON)
+	w.Header().Set("Content-Type", client.NDJSON)
 	if out.line(nil) != nil {
 		return
 	}
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		tick := time.NewTicker(Heartbeat)
+		tick := time.NewTicker(client.Heartbeat)
 		defer tick.Stop()
 		for {
 			select {
@@ -264,7 +237,7 @@ func (s *Server) follow(w http.ResponseWriter, r *http.Request) {
 		}
 	}()
 	err := s.ledger.Follow(ctx, after, func(a *store.Appended) error {
-		b, err := json.Marshal(&Ack{Appended: *a})
+		b, err := json.Marshal(&client.Ack{Appended: *a})
 		if err != nil {
 			return err
 		}
@@ -287,7 +260,7 @@ type stream struct {
 func (s *stream) line(b []byte) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	server.Extend(s.w, 3*Heartbeat)
+	server.Extend(s.w, 3*client.Heartbeat)
 	if _, err := s.w.Write(append(b, '\n')); err != nil {
 		return err
 	}

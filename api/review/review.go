@@ -15,10 +15,10 @@ import (
 	"filippo.io/torchwood"
 	"github.com/go-chi/chi/v5"
 	"github.com/go-json-experiment/json"
-	"github.com/go-json-experiment/json/jsontext"
 	"golang.org/x/mod/sumdb/tlog"
 
 	"github.com/countersign-dev/countersign/api/auth"
+	"github.com/countersign-dev/countersign/api/client"
 	"github.com/countersign-dev/countersign/api/problem"
 	"github.com/countersign-dev/countersign/store"
 	"github.com/countersign-dev/countersign/store/ledger"
@@ -56,19 +56,6 @@ func (s *Server) Routes(r chi.Router) {
 	})
 }
 
-// Entry is one entry of a history page.
-type Entry struct {
-	Index  int64             `json:"index"`
-	Entry  jsontext.Value    `json:"entry"`           // the leaf as it is stored
-	Opened map[string]string `json:"opened,omitzero"` // sealed texts, where not erased
-}
-
-// Page is the answer to GET /history.
-type Page struct {
-	Entries []Entry `json:"entries"`
-	Next    string  `json:"next,omitzero"` // cursor of the next page; empty on the last
-}
-
 func (s *Server) history(w http.ResponseWriter, r *http.Request) {
 	q, err := query(r.URL.Query())
 	if err != nil {
@@ -84,9 +71,9 @@ func (s *Server) history(w http.ResponseWriter, r *http.Request) {
 		problem.Write(w, r, err)
 		return
 	}
-	out := Page{Entries: make([]Entry, len(p.Entries)), Next: p.Next}
+	out := client.HistoryPage{Entries: make([]client.HistoryEntry, len(p.Entries)), Next: p.Next}
 	for i, e := range p.Entries {
-		out.Entries[i] = Entry{Index: e.Index, Entry: e.Entry, Opened: e.Opened}
+		out.Entries[i] = client.HistoryEntry{Index: e.Index, Entry: e.Entry, Opened: e.Opened}
 	}
 	b, err := json.Marshal(&out, json.Deterministic(true))
 	if err != nil {

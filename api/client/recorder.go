@@ -1,0 +1,393 @@
+package client
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"strconv"
+	"time"
+
+	"github.com/go-json-experiment/json"
+	"go.uber.org/zap"
+	"golang.org/x/mod/sumdb/tlog"
+
+	"github.com/countersign-dev/countersign/api/problem"
+	"github.com/countersign-dev/countersign/store"
+)
+
+// HeaderSeen names the size of the last head that a writer has verified. The
+// acknowledgement then carries the proof that its head continues that one.
+const HeaderSeen = "Countersign-Seen"
+
+// NDJSON is the media type of an append and of /follow.
+const NDJSON = "application/x-ndjson"
+
+// Heartbeat is how often /follow sends an empty line when nothing happens, so
+// that a follower notices a recorder that is gone.
+const Heartbeat = 10 * time.Second
+
+// Ack is the answer to an append and to /open, and one line of /follow.
+type Ack struct {
+	store.Appended
+	// Consistency proves that the checkpoint continues the head of the size
+	// given in Countersign-Seen (RFC 6962, section 2.1.2). Empty where none
+	// was given, or nothing is to be proved.
+	Consistency tlog.TreeProof `json:"consistency,omitzero"`
+}
+
+// Consistency is the answer to GET /consistency.
+type Consistency struct {
+	From  int64          `json:"from"`
+	To    int64          `json:"to"`
+	Proof tlog.TreeProof `json:"proof"`
+}
+
+// RecorderConfig says how a writer reaches its recorder, and by which key it
+// believes it.
+type RecorderConfig struct {
+	Config
+	Log      *store.LogVerifier // the log's key, configured beforehand
+	HeadFile string             // keeps the last head seen; empty: in memory alone, for tests
+	Writer   string             // the name this writer is on record by; empty: not checked
+	// Deadline is how long a call is tried before the recorder counts as
+	// unavailable. Zero: 3 s.
+	Deadline time.Duration
+	Logger   *zap.Logger
+}
+
+// Recorder is a writer's access to the record. It believes no answer: it checks
+// the log's signature, that every entry is in the log and is what was
+// submitted, and that the log continues the one it has seen before. It is safe
+// for concurrent use.
+type Recorder struct {
+	conn     *conn
+	log      *store.LogVerifier
+	heads    *heads
+	writer   string
+	deadline time.Duration
+	zap      *zap.Logger
+}
+
+// NewRecorder reads the head file; the recorder is not contacted.
+func NewRecorder(c RecorderConfig) (*Recorder, error) {
+	n, err := dial(c.Config)
+	if err != nil {
+		return nil, fmt.Errorf("recorder: %w", err)
+	}
+	if c.Log == nil {
+		return nil, errors.New("recorder: the log's key is not set")
+	}
+	if c.Logger == nil {
+		c.Logger = zap.NewNop()
+	}
+	h, err := newHeads(c.Log, c.HeadFile, c.Logger)
+	if err != nil {
+		return nil, err
+	}
+	r := &Recorder{conn: n, log: c.Log, heads: h, writer: c.Writer, deadline: c.Deadline, zap: c.Logger}
+	if r.deadline == 0 {
+		r.deadline = 3 * time.Second
+	}
+	h.prove = r.consistency
+	return r, nil
+}
+
+// Close writes the last head and ends what runs in the background.
+func (r *Recorder) Close() error {
+	r.heads.close()
+	return nil
+}
+
+// Append puts subs on record, all or none, and returns them as they are there.
+// It sends the same bytes again when an answer is lost, which the recorder
+// takes once. Errors are *store.OrderError, or wrap store.ErrConflict or
+// store.ErrMalformed where the recorder refused; all others wrap
+// store.ErrUnavailable: then it is not known whether the entries are on record.
+func (r *Recorder) Append(ctx context.Context, subs ...*store.Submission) (*store.Appended, error) {
+	var body bytes.Buffer
+	for _, s := range subs {
+		b, err := s.Marshal()
+		if err != nil {
+			return nil, fmt.Errorf("%w: %v", store.ErrMalformed, err)
+		}
+		body.Write(b)
+		body.WriteByte('\n')
+	}
+	ctx, cancel := context.WithTimeout(ctx, r.deadline)
+	defer cancel()
+	return r.entries(ctx, call{method: http.MethodPost, path: "/append", body: body.Bytes(), contentType: NDJSON}, func(a *store.Appended) error {
+		if len(a.Entries) != len(subs) {
+			return fmt.Errorf("%d entries acknowledged, %d submitted", len(a.Entries), len(subs))
+		}
+		for i, s := range subs {
+			if err := r.same(s, a.Entries[i].Leaf); err != nil {
+				return fmt.Errorf("entry %d: %w", i, err)
+			}
+		}
+		return nil
+	})
+}
+
+// same reports whether leaf is s with the recorder's stamps.
+func (r *Recorder) same(s *store.Submission, leaf []byte) error {
+	got, err := store.ParseLeaf(leaf)
+	if err != nil {
+		return err
+	}
+	if got.Time.IsZero() || got.Writer == "" || r.writer != "" && got.Writer != r.writer {
+		return fmt.Errorf("stamped with writer %q and time %q", got.Writer, got.Time)
+	}
+	want := s.Entry
+	want.Time, want.Writer = got.Time, got.Writer
+	b, err := want.Marshal()
+	if err != nil {
+		return err
+	}
+	if !bytes.Equal(b, leaf) {
+		return errors.New("what is on record is not what was submitted")
+	}
+	return nil
+}
+
+// Open returns the entries of what is open, or, where request is not empty, of
+// that request alone.
+func (r *Recorder) Open(ctx context.Context, request string) (*store.Appended, error) {
+	ctx, cancel := context.WithTimeout(ctx, max(r.deadline, 30*time.Second))
+	defer cancel()
+	q := url.Values{}
+	if request != "" {
+		q.Set("request", request)
+	}
+	return r.entries(ctx, call{method: http.MethodGet, path: "/open", query: q}, func(*store.Appended) error { return nil })
+}
+
+// entries makes a call that answers with entries, and verifies all of it.
+func (r *Recorder) entries(ctx context.Context, k call, check func(*store.Appended) error) (*store.Appended, error) {
+	var (
+		ack  Ack
+		seen int64
+	)
+	err := r.try(ctx, func(ctx context.Context) error {
+		ack = Ack{}
+		var err error
+		if seen, err = r.heads.size(); err != nil {
+			return err
+		}
+		if seen > 0 {
+			k.header = http.Header{HeaderSeen: {strconv.FormatInt(seen, 10)}}
+		}
+		_, b, err := r.conn.do(ctx, k)
+		if err != nil {
+			return err
+		}
+		if err := json.Unmarshal(b, &ack); err != nil {
+			return fmt.Errorf("%w: the acknowledgement does not decode", errAnswer)
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	if err := r.verify(ctx, &ack, seen); err != nil {
+		return nil, err
+	}
+	if err := check(&ack.Appended); err != nil {
+		return nil, fmt.Errorf("%w: the acknowledgement is false: %w", store.ErrUnavailable, err)
+	}
+	return &ack.Appended, nil
+}
+
+func (r *Recorder) verify(ctx context.Context, a *Ack, seen int64) error {
+	c, err := r.log.Checkpoint(a.Checkpoint)
+	if err != nil {
+		return fmt.Errorf("%w: %w", store.ErrUnavailable, err)
+	}
+	for i := range a.Entries {
+		e := &a.Entries[i]
+		if e.Index < 0 || e.Index >= c.N {
+			return fmt.Errorf("%w: %w: index %d outside a tree of %d", store.ErrUnavailable, store.ErrReceipt, e.Index, c.N)
+		}
+		if err := tlog.CheckRecord(e.Proof, c.N, c.Hash, e.Index, store.LeafHash(e.Leaf)); err != nil {
+			return fmt.Errorf("%w: %w: entry %d: %v", store.ErrUnavailable, store.ErrReceipt, e.Index, err)
+		}
+	}
+	return r.heads.see(ctx, a.Checkpoint, seen, a.Consistency)
+}
+
+// consistency fetches the proof between two heads.
+func (r *Recorder) consistency(ctx context.Context, from, to int64) (tlog.TreeProof, error) {
+	var c Consistency
+	err := r.try(ctx, func(ctx context.Context) error {
+		q := url.Values{"from": {strconv.FormatInt(from, 10)}, "to": {strconv.FormatInt(to, 10)}}
+		_, b, err := r.conn.do(ctx, call{method: http.MethodGet, path: "/consistency", query: q})
+		if p, ok := problem.IsSlug(err, problem.SlugNotFound); ok {
+			return fmt.Errorf("%w: %w", errNoProof, p)
+		}
+		if err != nil {
+			return err
+		}
+		if json.Unmarshal(b, &c) != nil {
+			return errAnswer
+		}
+		return nil
+	})
+	return c.Proof, err
+}
+
+// errAnswer is an answer that is cut off or garbled: as good as lost.
+var errAnswer = errors.New("the recorder's answer is not whole")
+
+// try calls fn until it is answered, or ctx is done. Whatever is left open then
+// wraps store.ErrUnavailable.
+func (r *Recorder) try(ctx context.Context, fn func(context.Context) error) error {
+	for pause := 20 * time.Millisecond; ; pause = min(2*pause, 500*time.Millisecond) {
+		err := fn(ctx)
+		if err == nil {
+			return nil
+		}
+		if refused, final := refusal(err); final {
+			return refused
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("%w: %w: %v", store.ErrUnavailable, ctx.Err(), err)
+		case <-time.After(pause):
+		}
+	}
+}
+
+// refusal translates what the recorder said, and reports whether saying it
+// again would change nothing. The recorder's problem documents are quoted, not
+// wrapped: they are about the writer, and must not reach the writer's callers
+// as if they were about them.
+func refusal(err error) (error, bool) {
+	if errors.Is(err, ErrHead) || errors.Is(err, errNoProof) {
+		return err, true
+	}
+	var p *problem.Problem
+	if !errors.As(err, &p) {
+		return err, false // the connection, or an answer that is not whole
+	}
+	var order store.OrderError
+	switch {
+	case p.Extension("order", &order) && order.Code != "":
+		return &order, true
+	case p.Slug() == problem.SlugIdempotencyConflict:
+		return fmt.Errorf("%w: %v", store.ErrConflict, p), true
+	case p.Slug() == problem.SlugMalformed, p.Slug() == problem.SlugBodyTooLarge:
+		return fmt.Errorf("%w: %v", store.ErrMalformed, p), true
+	case p.Status >= http.StatusInternalServerError:
+		return p, false
+	}
+	// Not our recorder, or not our writer's token: a matter of configuration.
+	return fmt.Errorf("%w: the recorder refused this writer: %v", store.ErrUnavailable, p), true
+}
+
+// Follow calls fn with what comes to be on record after the entry with the
+// given index and is a writer's to know, in order. It goes on over lost
+// connections and ends when ctx is done, fn returns an error, or the recorder
+// has contradicted itself.
+func (r *Recorder) Follow(ctx context.Context, after int64, fn func(*store.Appended) error) error {
+	pause := 20 * time.Millisecond
+	for {
+		before := after
+		err := r.follow(ctx, &after, fn)
+		var stop stopped
+		switch {
+		case ctx.Err() != nil:
+			return ctx.Err()
+		case errors.As(err, &stop):
+			return stop.error
+		case errors.Is(err, ErrHead):
+			return err
+		case after != before:
+			pause = 20 * time.Millisecond
+		}
+		r.zap.Debug("following the recorder again", zap.Error(err))
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(pause):
+		}
+		pause = min(2*pause, 2*time.Second)
+	}
+}
+
+// stopped is what fn returned, told apart from what the connection did.
+type stopped struct{ error }
+
+func (r *Recorder) follow(ctx context.Context, after *int64, fn func(*store.Appended) error) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	// Three heartbeats missed: the recorder, or the way to it, is gone.
+	silence := time.AfterFunc(3*Heartbeat, cancel)
+	defer silence.Stop()
+	resp, err := r.conn.send(ctx, call{method: http.MethodGet, path: "/follow", query: url.Values{"after": {strconv.FormatInt(*after, 10)}}})
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		b, _ := readAll(resp)
+		return problem.Read(resp.StatusCode, resp.Header.Get("Content-Type"), b)
+	}
+	lines := bufio.NewReaderSize(resp.Body, 64<<10)
+	for {
+		line, err := readLine(lines, maxAnswer)
+		if err != nil {
+			return err
+		}
+		silence.Reset(3 * Heartbeat)
+		if len(line) == 0 {
+			continue
+		}
+		var ack Ack
+		if err := json.Unmarshal(line, &ack); err != nil {
+			return errAnswer
+		}
+		checked, cancel := context.WithTimeout(ctx, r.deadline)
+		err = r.verify(checked, &ack, 0)
+		cancel()
+		if err != nil {
+			return err
+		}
+		for _, e := range ack.Entries {
+			if e.Index <= *after {
+				return fmt.Errorf("entry %d came after entry %d", e.Index, *after)
+			}
+			*after = e.Index
+		}
+		silence.Stop() // what fn does with it is not the recorder's silence
+		if err := fn(&ack.Appended); err != nil {
+			return stopped{err}
+		}
+		silence.Reset(3 * Heartbeat)
+	}
+}
+
+// readLine returns the next line without its newline, at most limit bytes. A
+// line without newline is one that broke off.
+func readLine(r *bufio.Reader, limit int) ([]byte, error) {
+	var line []byte
+	for {
+		part, err := r.ReadSlice('\n')
+		if len(line)+len(part) > limit {
+			return nil, errors.New("a line is too long")
+		}
+		line = append(line, part...)
+		switch {
+		case err == nil:
+			return line[:len(line)-1], nil
+		case errors.Is(err, bufio.ErrBufferFull):
+		case errors.Is(err, io.EOF) && len(line) > 0:
+			return nil, io.ErrUnexpectedEOF
+		default:
+			return nil, err
+		}
+	}
+}
