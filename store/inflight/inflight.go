@@ -63,6 +63,13 @@ type Request struct {
 	Expires      time.Time `json:"expires,omitzero"` // of the live credential
 }
 
+// go-redis prints what it also returns; here it is returned alone.
+func init() { redis.SetLogger(silent{}) }
+
+type silent struct{}
+
+func (silent) Printf(context.Context, string, ...any) {}
+
 // Open connects to Redis, or starts the embedded one. It does not fail where
 // the server cannot be reached: calls do, until it can.
 func Open(o Options) (*Store, error) {
