@@ -39,17 +39,19 @@ type serveConfig struct {
 
 // recordConfig is the file of `countersign record`.
 type recordConfig struct {
-	Listen     listenConfig  `yaml:"listen"`
-	Dir        string        `yaml:"dir"`          // holds the ledger's database
-	HeadFile   string        `yaml:"head_file"`    // outside the database; best on another disk
-	KeysFile   string        `yaml:"keys_file"`    // keys of erasable texts; keep it out of the database's backups
-	LogKey     string        `yaml:"log_key"`      // file
-	PrivacyKey string        `yaml:"privacy_key"`  // file
-	Tokens     string        `yaml:"tokens"`       // file of token hashes: writers and reviewers
-	Certs      auth.Certs    `yaml:"certificates"` // client certificates of writers
-	Grace      time.Duration `yaml:"grace"`        // age at which another writer's open intent may be closed
-	Publish    time.Duration `yaml:"publish"`      // between published checkpoints
-	Drain      time.Duration `yaml:"drain"`
+	TrustDomain string        `yaml:"trust_domain"` // of the SPIFFE IDs in its own entries; the host of the log's name by default
+	Private     bool          `yaml:"private"`      // checkpoint and hash tiles are for reviewers and writers alone
+	Listen      listenConfig  `yaml:"listen"`
+	Dir         string        `yaml:"dir"`          // holds the ledger's database
+	HeadFile    string        `yaml:"head_file"`    // outside the database; best on another disk
+	KeysFile    string        `yaml:"keys_file"`    // keys of erasable texts; keep it out of the database's backups
+	LogKey      string        `yaml:"log_key"`      // file
+	PrivacyKey  string        `yaml:"privacy_key"`  // file
+	Tokens      string        `yaml:"tokens"`       // file of token hashes: writers and reviewers
+	Certs       auth.Certs    `yaml:"certificates"` // client certificates of writers
+	Grace       time.Duration `yaml:"grace"`        // age at which another writer's open intent may be closed
+	Publish     time.Duration `yaml:"publish"`      // between published checkpoints
+	Drain       time.Duration `yaml:"drain"`
 }
 
 type listenConfig struct {
@@ -145,7 +147,7 @@ func (c *serveConfig) check() error {
 }
 
 func (c *recordConfig) check() error {
-	if err := c.Listen.check(); err != nil {
+	if err := errors.Join(c.Listen.check(), c.Certs.Check()); err != nil {
 		return err
 	}
 	return due([][2]string{{"dir", c.Dir}, {"log_key", c.LogKey}, {"privacy_key", c.PrivacyKey}, {"tokens", c.Tokens}})

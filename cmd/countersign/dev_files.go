@@ -5,12 +5,12 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"strings"
+	"time"
 
 	"github.com/go-json-experiment/json"
 	"github.com/go-json-experiment/json/jsontext"
 
-	"github.com/countersign-dev/countersign/store"
+	"github.com/countersign-dev/countersign/api/auth"
 )
 
 // ready is the ready file of `countersign dev`, as the outer contract has it.
@@ -31,6 +31,8 @@ type ready struct {
 	Approvers     []devCaller `json:"approvers"`
 	Reviewers     []devCaller `json:"reviewers"`
 	Responders    []devCaller `json:"responders"`
+
+	writer string // the broker's own token, which is nobody else's
 }
 
 // devCaller is someone whose token `countersign dev` knows.
@@ -40,29 +42,58 @@ type devCaller struct {
 	Token  string   `json:"token"`
 }
 
-// devPeople are the callers of dev by the outer contract.
-func devPeople(key store.PrivacyKey) (r ready) {
-	callers := func(role string, names ...string) (list []devCaller) {
+// devCallers returns the callers of dev by the outer contract, with their
+// tokens: those kept in dir, or fresh ones. Beside the token file, which holds
+// hashes, dev keeps the tokens themselves, since a later start tells them again.
+//
+// A crash between the two files leaves a hash whose token nobody knows; the
+// next start replaces it.
+func devCallers(dir string) (r ready, err error) {
+	path := filepath.Join(dir, "dev-tokens.json")
+	kept := map[string]string{} // "role/name" to token
+	b, err := os.ReadFile(path)
+	if err == nil {
+		err = json.Unmarshal(b, &kept)
+	}
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return r, fmt.Errorf("%s: %w", path, err)
+	}
+	changed := false
+	callers := func(role auth.Role, names ...string) (list []devCaller) {
 		for _, name := range names {
-			list = append(list, devCaller{Name: name, Token: devToken(key, role, name)})
+			key := string(role) + "/" + name
+			if kept[key] == "" && err == nil {
+				changed = true
+				file := filepath.Join(dir, "tokens")
+				is := func(t *auth.Token) bool { return t.Role == role && t.Name == name }
+				if _, err = auth.RevokeToken(file, is); err == nil {
+					kept[key], err = auth.CreateToken(file, auth.Token{Role: role, Name: name, Groups: devGroups[name]}, time.Now())
+				}
+			}
+			list = append(list, devCaller{Name: name, Groups: devGroups[name], Token: kept[key]})
 		}
 		return list
 	}
-	r.Orchestrators = callers("orchestrator", "demo", "other")
-	r.Approvers = callers("approver", "approver-a", "approver-b", "approver-c")
-	r.Approvers[0].Groups = []string{"dba"}
-	r.Approvers[1].Groups = []string{"dba", "sre"}
-	r.Approvers[2].Groups = []string{"sre"}
-	r.Reviewers = callers("reviewer", "reviewer-a")
-	r.Responders = callers("responder", "responder-a", "responder-b")
-	return r
+	err = nil
+	r.Orchestrators = callers(auth.Orchestrator, "demo", "other")
+	r.Approvers = callers(auth.Approver, "approver-a", "approver-b", "approver-c")
+	r.Reviewers = callers(auth.Reviewer, "reviewer-a")
+	r.Responders = callers(auth.Responder, "responder-a", "responder-b")
+	r.writer = callers(auth.Writer, devWriter)[0].Token
+	if err != nil || !changed {
+		return r, err
+	}
+	if b, err = json.Marshal(kept, json.Deterministic(true), jsontext.WithIndent("  ")); err != nil {
+		return r, err
+	}
+	return r, replaceFile(path, append(b, '\n'))
 }
 
-// devToken derives a token from dev's privacy key, so that tokens outlive a
-// restart.
-func devToken(key store.PrivacyKey, role, name string) string {
-	_, mac, _ := strings.Cut(key.Digest("dev-token", role, name), ":")
-	return "cs_dev_" + mac
+// devGroups are the groups of dev's approvers.
+var devGroups = map[string][]string{
+	"approver-a": {"dba"},
+	"approver-b": {"dba", "sre"},
+	"approver-c": {"sre"},
 }
 
 // write puts r in place by rename, so that whoever waits for the file reads it
@@ -72,19 +103,28 @@ func (r *ready) write(path string) error {
 	if err != nil {
 		return err
 	}
-	tmp, err := os.CreateTemp(filepath.Dir(path), ".ready-*") // created with mode 0600
-	if err != nil {
-		return fmt.Errorf("ready file: %w", err)
-	}
-	defer os.Remove(tmp.Name())
-	_, err = tmp.Write(append(b, '\n'))
-	if err = errors.Join(err, tmp.Close()); err == nil {
-		err = os.Rename(tmp.Name(), path)
-	}
-	if err != nil {
+	if err := replaceFile(path, append(b, '\n')); err != nil {
 		return fmt.Errorf("ready file: %w", err)
 	}
 	return nil
+}
+
+// replaceFile puts content in place of path, whole or not at all. A crash
+// before the rename leaves the old file, and a temporary one beside it.
+func replaceFile(path string, content []byte) error {
+	tmp, err := os.CreateTemp(filepath.Dir(path), ".tmp-*") // created with mode 0600
+	if err != nil {
+		return err
+	}
+	defer os.Remove(tmp.Name())
+	_, err = tmp.Write(content)
+	if err == nil {
+		err = tmp.Sync()
+	}
+	if err = errors.Join(err, tmp.Close()); err == nil {
+		err = os.Rename(tmp.Name(), path)
+	}
+	return err
 }
 
 // lookup returns one value of the ready file by its path: "api",
@@ -109,15 +149,14 @@ func (r *ready) lookup(field string) (string, error) {
 	return v, nil
 }
 
-// keep returns the content of a secret's file, made with generate the first
-// time.
-func keep(path string, generate func() (string, error)) (string, error) {
-	text, err := readSecret(path)
-	if !errors.Is(err, os.ErrNotExist) {
-		return text, err
+// keep makes a secret's file with generate where there is none.
+func keep(path string, generate func() (string, error)) error {
+	if _, err := os.Stat(path); !errors.Is(err, os.ErrNotExist) {
+		return err
 	}
-	if text, err = generate(); err != nil {
-		return "", err
+	text, err := generate()
+	if err != nil {
+		return err
 	}
-	return text, writeSecret(path, []byte(text+"\n"))
+	return writeSecret(path, []byte(text+"\n"))
 }

@@ -75,10 +75,17 @@ Start with: countersign dev`,
 		return fmt.Errorf("%w; see `%s --help`", err, c.CommandPath())
 	})
 	cmd.AddCommand(
-		keyCommand(),
+		devCommand(),
+		serveCommand(),
+		recordCommand(),
+		requestCommand(),
+		runCommand(),
+		revokeCommand(),
+		historyCommand(),
+		verifyCommand(),
 		scopesCommand(),
 		tokenCommand(),
-		verifyCommand(),
+		keyCommand(),
 		versionCommand(),
 	)
 	return cmd

@@ -1,0 +1,272 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"net/http"
+	"net/url"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/go-json-experiment/json"
+	"github.com/go-json-experiment/json/jsontext"
+	"github.com/spf13/cobra"
+
+	"github.com/countersign-dev/countersign/api/client"
+	"github.com/countersign-dev/countersign/api/problem"
+	"github.com/countersign-dev/countersign/store"
+)
+
+// askFlags are the flags of a request for a credential, and of who asks whom.
+type askFlags struct {
+	addr, token, step string
+	ask               client.Ask
+	params            []string
+	publicKey         string // file
+	key               string // Idempotency-Key
+	wait              time.Duration
+}
+
+func (f *askFlags) add(cmd *cobra.Command) {
+	cmd.Flags().StringVar(&f.addr, "addr", "", "the broker's URL ($COUNTERSIGN_ADDR)")
+	cmd.Flags().StringVar(&f.token, "token", "", "the orchestrator's token ($COUNTERSIGN_TOKEN)")
+	cmd.Flags().StringVar(&f.ask.Scope, "scope", "", "what is asked for")
+	cmd.Flags().StringVar(&f.step, "step", "", "the step it is for")
+	cmd.Flags().StringVar(&f.ask.Run, "run", "", "the run the step belongs to")
+	cmd.Flags().StringVar(&f.ask.TTL, "ttl", "", "how long it is to live, such as 5m; the scope's default without it")
+	cmd.Flags().StringVar(&f.ask.Reason, "reason", "", "why it is needed")
+	cmd.Flags().StringVar(&f.ask.Subject, "subject", "", "on whose behalf the step runs")
+	cmd.Flags().StringVar(&f.ask.Delivery, "delivery", "", "direct or wrapped; the scope's default without it")
+	cmd.Flags().StringVar(&f.ask.Audience, "audience", "", "audience of an identity token")
+	cmd.Flags().StringVar(&f.publicKey, "public-key", "", "file with the step's own public key, where the scope certifies it")
+	cmd.Flags().StringArrayVar(&f.params, "param", nil, "a param of the scope, as NAME=VALUE; may be repeated")
+	cmd.Flags().StringVar(&f.key, "idempotency-key", "", "makes the request idempotent under this key")
+	cmd.Flags().DurationVar(&f.wait, "wait", 0, "how long to wait for a request that is under way, at most 5m")
+	for _, name := range []string{"scope", "step", "run"} {
+		_ = cmd.MarkFlagRequired(name)
+	}
+}
+
+// broker is a client for the broker that the flags or the environment name.
+func (f *askFlags) broker() (*client.Broker, error) { return newBroker(f.addr, f.token) }
+
+func newBroker(addr, token string) (*client.Broker, error) {
+	addr, token = orEnv(addr, "COUNTERSIGN_ADDR"), orEnv(token, "COUNTERSIGN_TOKEN")
+	switch {
+	case addr == "":
+		return nil, errors.New("no broker named: set COUNTERSIGN_ADDR, or add --addr URL")
+	case token == "":
+		return nil, errors.New("no token given: set COUNTERSIGN_TOKEN to the orchestrator's")
+	}
+	return client.NewBroker(client.Config{URL: addr, Token: client.Token(token)})
+}
+
+// request asks, and waits while the request is under way for as long as the
+// flags say.
+func (f *askFlags) request(ctx context.Context, b *client.Broker) (*client.Credential, error) {
+	ask := f.ask
+	ask.Receipt = true
+	if f.publicKey != "" {
+		text, err := os.ReadFile(f.publicKey)
+		if err != nil {
+			return nil, fmt.Errorf("--public-key: %w", err)
+		}
+		ask.PublicKey = strings.TrimSpace(string(text))
+	}
+	for _, p := range f.params {
+		name, value, ok := strings.Cut(p, "=")
+		if !ok || name == "" {
+			return nil, fmt.Errorf("--param is %q: write NAME=VALUE", p)
+		}
+		if ask.Params == nil {
+			ask.Params = map[string]any{}
+		}
+		ask.Params[name] = paramValue(value)
+	}
+	if f.wait < 0 || f.wait > 5*time.Minute {
+		return nil, errors.New("--wait: at most 5m")
+	}
+	until := time.Now().Add(f.wait)
+	for {
+		c, err := b.Credential(ctx, f.step, ask, f.key, max(0, time.Until(until)))
+		if err != nil {
+			return nil, hint(err, "the broker", "COUNTERSIGN_ADDR")
+		}
+		if len(c.Credential) > 0 {
+			return c, nil
+		}
+		if time.Until(until) <= 0 {
+			return nil, fmt.Errorf("request %s is %s: ask again with the same flags to join it, or add --wait", c.Request, c.Status)
+		}
+		select {
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		case <-time.After(time.Second): // what Retry-After says
+		}
+	}
+}
+
+// paramValue is a param as JSON has it: a whole number, a boolean, or else a
+// string. The catalogue says which of them a param takes.
+func paramValue(s string) any {
+	if n, err := strconv.ParseInt(s, 10, 64); err == nil && strconv.FormatInt(n, 10) == s {
+		return n
+	}
+	switch s {
+	case "true":
+		return true
+	case "false":
+		return false
+	}
+	return s
+}
+
+// hint says what to do about err where it is not the server's own answer.
+func hint(err error, server, variable string) error {
+	var p *problem.Problem
+	var u *url.Error
+	switch {
+	case errors.As(err, &p) && p.Status == http.StatusUnauthorized:
+		return fmt.Errorf("%w; is COUNTERSIGN_TOKEN a token of %s, and not revoked?", err, server)
+	case errors.As(err, &u) && !errors.Is(err, context.Canceled):
+		return fmt.Errorf("%w; is %s up, and %s right?", err, server, variable)
+	}
+	return err
+}
+
+func requestCommand() *cobra.Command {
+	var f askFlags
+	var output string
+	cmd := &cobra.Command{
+		Use:   "request --scope S --step ID --run ID",
+		Short: "Ask for a step's credential and print it",
+		Long: `Ask for a step's credential and print it: as JSON, exactly as the broker
+answered, or as shell assignments (-o env), for eval. It lives until it expires
+or ` + "`countersign revoke --run R --step S`" + ` ends it; ` + "`countersign run`" + ` does
+both around a command.`,
+		Example: `  countersign request --scope orders-db:read --run run-42 --step reconcile --ttl 5m
+  eval "$(countersign request --scope vault:demo-read --run run-42 --step s1 -o env)"`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			b, err := f.broker()
+			if err != nil {
+				return err
+			}
+			c, err := f.request(cmd.Context(), b)
+			if err != nil {
+				return err
+			}
+			if output == "json" {
+				_, err = fmt.Fprintln(cmd.OutOrStdout(), string(c.Raw))
+				return err
+			}
+			env, err := credentialEnv(f.step, c)
+			if err != nil {
+				return err
+			}
+			for _, name := range slices.Sorted(maps.Keys(env)) {
+				// Inside single quotes a shell changes nothing.
+				fmt.Fprintf(cmd.OutOrStdout(), "export %s='%s'\n", name, strings.ReplaceAll(env[name], "'", `'\''`))
+			}
+			return nil
+		},
+	}
+	f.add(cmd)
+	outputFlag(cmd, &output, "json", "json", "env")
+	return cmd
+}
+
+// credentialEnv is a credential as environment variables: each member under
+// its own name, and what the usual tools of its kind read.
+func credentialEnv(step string, c *client.Credential) (map[string]string, error) {
+	var members map[string]jsontext.Value
+	if err := json.Unmarshal(c.Credential, &members); err != nil {
+		return nil, errors.New("the broker's answer holds no credential that this version knows")
+	}
+	env := map[string]string{
+		"COUNTERSIGN_REQUEST":    c.Request,
+		"COUNTERSIGN_RUN":        c.Step.Run,
+		"COUNTERSIGN_STEP":       step,
+		"COUNTERSIGN_SCOPE":      c.Scope,
+		"COUNTERSIGN_IDENTITY":   c.Step.Identity,
+		"COUNTERSIGN_EXPIRES_AT": c.ExpiresAt.UTC().Format(time.RFC3339),
+	}
+	text := map[string]string{}
+	for name, v := range members {
+		s := string(v)
+		if v.Kind() == '"' {
+			if err := json.Unmarshal(v, &s); err != nil {
+				return nil, errors.New("the broker's answer holds no credential that this version knows")
+			}
+		}
+		text[name] = s
+		env["COUNTERSIGN_CREDENTIAL_"+strings.ToUpper(name)] = s
+	}
+	usual := map[string]map[string]string{
+		"vault_token": {"VAULT_TOKEN": "token", "VAULT_ADDR": "addr"},
+		"wrapped":     {"VAULT_ADDR": "addr"},
+		"database":    {"PGHOST": "host", "PGPORT": "port", "PGDATABASE": "database", "PGUSER": "username", "PGPASSWORD": "password"},
+	}
+	for name, member := range usual[text["kind"]] {
+		if text[member] != "" {
+			env[name] = text[member]
+		}
+	}
+	for name, v := range env {
+		if strings.ContainsRune(v, 0) {
+			return nil, fmt.Errorf("%s would hold a zero byte, which no environment can", name)
+		}
+	}
+	return env, nil
+}
+
+func revokeCommand() *cobra.Command {
+	var addr, token, run, step, output string
+	cmd := &cobra.Command{
+		Use:   "revoke --run R --step S",
+		Short: "End a step's credentials, as the orchestrator",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			for name, id := range map[string]string{"run": run, "step": step} {
+				if !store.ValidID(id) {
+					return fmt.Errorf("--%s: %q is not an ID of letters, digits, '.', '_' and '-'", name, id)
+				}
+			}
+			b, err := newBroker(addr, token)
+			if err != nil {
+				return err
+			}
+			r, err := b.Revoke(cmd.Context(), step, run)
+			if err != nil {
+				return hint(err, "the broker", "COUNTERSIGN_ADDR")
+			}
+			if output == "json" {
+				if err := printJSON(cmd, r); err != nil {
+					return err
+				}
+			} else {
+				fmt.Fprintf(cmd.OutOrStdout(), "revoked %d\n", r.Revoked)
+				if r.Irrevocable > 0 {
+					fmt.Fprintf(cmd.OutOrStdout(), "%d cannot be called back and end by their own time\n", r.Irrevocable)
+				}
+			}
+			if r.Pending > 0 {
+				return fmt.Errorf("Vault has not confirmed %d yet; the broker goes on trying, and so may you", r.Pending)
+			}
+			return nil
+		},
+	}
+	cmd.Flags().StringVar(&addr, "addr", "", "the broker's URL ($COUNTERSIGN_ADDR)")
+	cmd.Flags().StringVar(&token, "token", "", "the orchestrator's token ($COUNTERSIGN_TOKEN)")
+	cmd.Flags().StringVar(&run, "run", "", "the run")
+	cmd.Flags().StringVar(&step, "step", "", "the step")
+	_ = cmd.MarkFlagRequired("run")
+	_ = cmd.MarkFlagRequired("step")
+	outputFlag(cmd, &output, "text", "text", "json")
+	return cmd
+}

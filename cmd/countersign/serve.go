@@ -1,0 +1,317 @@
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+
+	"github.com/countersign-dev/countersign/api/auth"
+	"github.com/countersign-dev/countersign/api/client"
+	"github.com/countersign-dev/countersign/api/server"
+	"github.com/countersign-dev/countersign/api/steps"
+	"github.com/countersign-dev/countersign/broker"
+	"github.com/countersign-dev/countersign/issuer"
+	"github.com/countersign-dev/countersign/scopes"
+	"github.com/countersign-dev/countersign/store"
+	"github.com/countersign-dev/countersign/store/inflight"
+)
+
+func serveCommand() *cobra.Command {
+	var config string
+	cmd := &cobra.Command{
+		Use:   "serve --config FILE",
+		Short: "Run the broker: the machines' side",
+		Long: `Run the broker, which orchestrators ask for credentials. docs/operations.md
+lists every key of the configuration. SIGHUP reads catalogue, policy, token
+hashes and identity keys again; SIGTERM finishes what is under way and ends.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			var c serveConfig
+			if err := loadConfig(config, &c); err != nil {
+				return err
+			}
+			if err := c.check(); err != nil {
+				return fmt.Errorf("%s: %w", config, err)
+			}
+			log, err := newLogger()
+			if err != nil {
+				return err
+			}
+			return serve(cmd.Context(), &c, log)
+		},
+	}
+	configFlag(cmd, &config)
+	return cmd
+}
+
+// serve runs the broker of a configuration until ctx ends.
+func serve(ctx context.Context, c *serveConfig, log *zap.Logger) error {
+	o, err := c.options(log)
+	if err != nil {
+		return err
+	}
+	tls, err := c.Listen.tls()
+	if err != nil {
+		return err
+	}
+	m, err := openMachines(ctx, o)
+	if err != nil {
+		return err
+	}
+	defer m.close()
+	l, err := net.Listen("tcp", c.Listen.Addr)
+	if err != nil {
+		return fmt.Errorf("listen.addr: %w", err)
+	}
+	log.Info("serving", zap.Stringer("addr", l.Addr()), zap.Bool("tls", tls != nil), zap.String("version", buildVersion()))
+	stop := onHangup(func() { m.reload() })
+	defer stop()
+	return m.serve(ctx, l, tls, c.Drain)
+}
+
+// options resolves a configuration: it reads every file that it names.
+func (c *serveConfig) options(log *zap.Logger) (*machinesOptions, error) {
+	o := &machinesOptions{
+		writer: c.Recorder.Writer, trustDomain: c.TrustDomain, publicURL: strings.TrimSuffix(c.PublicURL, "/"),
+		identityKey: c.IdentityKey, identityLead: c.IdentityLead,
+		vault:    issuer.Config{Addr: c.Vault.Addr, Namespace: c.Vault.Namespace, CA: c.Vault.CA, Login: issuer.Login{TokenFile: c.Vault.Token}},
+		firstTTL: c.FirstTTL, log: log,
+	}
+	if a := c.Vault.AppRole; a != nil {
+		o.vault.Login.AppRole = &issuer.AppRole{Mount: a.Mount, RoleID: a.RoleID, SecretIDFile: a.SecretID}
+	}
+	var err error
+	if o.privacyKey, err = readPrivacyKey(c.PrivacyKey); err != nil {
+		return nil, err
+	}
+	if o.scopes, err = scopes.Open(c.Catalogue, c.Policy); err != nil {
+		return nil, err
+	}
+	if o.logKey, err = store.NewLogVerifier(c.Recorder.LogKey); err != nil {
+		return nil, fmt.Errorf("recorder.log_key: %w", err)
+	}
+	if o.recorder, err = c.Recorder.client(o.logKey, log); err != nil {
+		return nil, err
+	}
+	if c.Orchestrators.Tokens != "" {
+		if o.tokens, err = auth.OpenTokens(c.Orchestrators.Tokens, nil); err != nil {
+			return nil, fmt.Errorf("orchestrators.tokens: %w", err)
+		}
+	}
+	if len(c.Orchestrators.OIDC) > 0 {
+		if o.oidc, err = auth.NewIssuers(c.Orchestrators.OIDC, nil); err != nil {
+			return nil, fmt.Errorf("orchestrators.oidc: %w", err)
+		}
+	}
+	if c.Redis.URL != "" {
+		if o.redis, err = readSecret(c.Redis.URL); err != nil {
+			return nil, fmt.Errorf("redis.url_file: %w", err)
+		}
+	}
+	return o, nil
+}
+
+// client is a client of the recorder that c names.
+func (c *recorderConfig) client(logKey *store.LogVerifier, log *zap.Logger) (*client.Recorder, error) {
+	transport := http.DefaultTransport.(*http.Transport).Clone()
+	// Appends of a busy broker keep their connections.
+	transport.MaxIdleConnsPerHost = 64
+	transport.TLSClientConfig = &tls.Config{MinVersion: tls.VersionTLS12}
+	conf := client.RecorderConfig{
+		Config: client.Config{URL: c.URL, Transport: transport},
+		Log:    logKey, HeadFile: c.HeadFile, Writer: c.Writer, Logger: log.Named("recorder-client"),
+	}
+	var err error
+	if c.CA != "" {
+		if transport.TLSClientConfig.RootCAs, err = certPool(c.CA); err != nil {
+			return nil, fmt.Errorf("recorder.ca: %w", err)
+		}
+	}
+	if c.Cert != "" {
+		cert, err := tls.LoadX509KeyPair(c.Cert, c.Key)
+		if err != nil {
+			return nil, fmt.Errorf("recorder.cert: %w", err)
+		}
+		transport.TLSClientConfig.Certificates = []tls.Certificate{cert}
+	}
+	if c.Token != "" {
+		if _, err := readSecret(c.Token); err != nil {
+			return nil, fmt.Errorf("recorder.token_file: %w", err)
+		}
+		conf.Token = func() (string, error) { return readSecret(c.Token) }
+	}
+	return client.NewRecorder(conf)
+}
+
+// machinesOptions are what one broker process is made of.
+type machinesOptions struct {
+	writer, trustDomain, publicURL string
+	identityKey                    string // file
+	identityLead                   time.Duration
+	privacyKey                     store.PrivacyKey
+	scopes                         *scopes.InForce
+	logKey                         *store.LogVerifier
+	recorder                       *client.Recorder
+	tokens                         *auth.Tokens  // nil: none
+	oidc                           *auth.Issuers // nil: none
+	vault                          issuer.Config // address and login; an empty address: none
+	redis                          string        // URL; empty: embedded
+	firstTTL                       time.Duration
+	log                            *zap.Logger
+}
+
+// machines is the machines' side: one broker and its API.
+type machines struct {
+	o        *machinesOptions
+	identity *issuer.Identity
+	issuer   *issuer.Issuer
+	inflight *inflight.Store
+	broker   *broker.Broker
+	refusals *auth.Refusals
+	handler  http.Handler
+}
+
+func openMachines(ctx context.Context, o *machinesOptions) (m *machines, err error) {
+	m = &machines{o: o}
+	defer func() {
+		if err != nil {
+			m.close()
+		}
+	}()
+	m.identity, err = issuer.OpenIdentity(issuer.IdentityConfig{
+		Issuer: o.publicURL, TrustDomain: o.trustDomain, KeyFile: o.identityKey, Lead: o.identityLead,
+	})
+	if err != nil {
+		return nil, err
+	}
+	vault := o.vault
+	vault.TrustDomain, vault.Log, vault.Scopes, vault.Identity = o.trustDomain, o.logKey, o.scopes.Current, m.identity
+	vault.FirstTTL, vault.Logger = o.firstTTL, o.log.Named("issuer")
+	if m.issuer, err = issuer.New(ctx, vault); err != nil {
+		return nil, err
+	}
+	m.warnMissing(ctx)
+	if m.inflight, err = inflight.Open(inflight.Options{URL: o.redis}); err != nil {
+		return nil, err
+	}
+	m.broker, err = broker.New(broker.Config{
+		Writer: o.writer, TrustDomain: o.trustDomain, Recorder: o.recorder, Issuer: m.issuer, Scopes: o.scopes,
+		Inflight: m.inflight, PrivacyKey: o.privacyKey, Grace: o.firstTTL, Log: o.log.Named("broker"),
+	})
+	if err != nil {
+		return nil, err
+	}
+	o.scopes.OnChange(func(old, set *scopes.Set) error {
+		return m.broker.PolicyLoaded(ctx, old, set)
+	})
+	m.refusals = auth.NewRefusals(o.trustDomain, o.log.Named("auth"), func(ctx context.Context, s *store.Submission) error {
+		_, err := o.recorder.Append(ctx, s)
+		return err
+	})
+	m.handler = steps.New(steps.Config{
+		Broker: m.broker, Identity: m.identity, Log: o.log.Named("api"),
+		Guard: &auth.Guard{Tokens: o.tokens, OIDC: o.oidc, Refusals: m.refusals},
+	})
+	return m, nil
+}
+
+// warnMissing says at start what Vault would refuse later.
+func (m *machines) warnMissing(ctx context.Context) {
+	missing, err := m.issuer.CheckCapabilities(ctx)
+	if err != nil {
+		m.o.log.Warn("the login's capabilities in Vault could not be checked", zap.Error(err))
+	}
+	for _, x := range missing {
+		m.o.log.Warn("a capability is missing in Vault", zap.String("scope", x.Scope), zap.String("path", x.Path),
+			zap.String("capability", x.Capability), zap.String("do", x.Note))
+	}
+}
+
+// serve answers on l until ctx ends and what was under way then is done.
+func (m *machines) serve(ctx context.Context, l net.Listener, t *tls.Config, drain time.Duration) error {
+	// Calls that wait are let go at once, so that only mints are waited for.
+	stop := context.AfterFunc(ctx, m.broker.Drain)
+	defer stop()
+	return server.Serve(ctx, l, server.Config{Handler: m.handler, TLS: t, Log: m.o.log, Drain: drain})
+}
+
+// close ends what openMachines began, in the order in which the one needs the
+// other. Credentials that are out stay out.
+func (m *machines) close() {
+	if m.refusals != nil {
+		m.refusals.Close()
+	}
+	if m.broker != nil {
+		_ = m.broker.Close()
+	}
+	if m.inflight != nil {
+		_ = m.inflight.Close()
+	}
+	if m.issuer != nil {
+		_ = m.issuer.Close()
+	}
+	_ = m.o.recorder.Close()
+}
+
+// reload reads again what may change in a running broker. What cannot be read
+// stays as it was.
+func (m *machines) reload() {
+	for what, fn := range map[string]func() error{
+		"catalogue and policy": m.o.scopes.Reload,
+		"identity keys":        m.identity.Reload,
+	} {
+		if err := fn(); err != nil {
+			m.o.log.Error("not reloaded, the old stays in force", zap.String("what", what), zap.Error(err))
+			continue
+		}
+		m.o.log.Info("reloaded", zap.String("what", what))
+	}
+}
+
+// onHangup calls fn for each SIGHUP until the returned function is called.
+func onHangup(fn func()) (stop func()) {
+	hangup := make(chan os.Signal, 1)
+	signal.Notify(hangup, syscall.SIGHUP)
+	done := make(chan struct{})
+	go func() {
+		for {
+			select {
+			case <-hangup:
+				fn()
+			case <-done:
+				return
+			}
+		}
+	}()
+	return func() { signal.Stop(hangup); close(done) }
+}
+
+func configFlag(cmd *cobra.Command, config *string) {
+	cmd.Flags().StringVar(config, "config", "", "configuration file (YAML)")
+	_ = cmd.MarkFlagRequired("config")
+	_ = cmd.MarkFlagFilename("config", "yaml", "yml")
+}
+
+// newLogger logs JSON lines to stderr, or to a file where one is named.
+func newLogger(file ...string) (*zap.Logger, error) {
+	c := zap.NewProductionConfig()
+	if len(file) > 0 {
+		c.OutputPaths = file
+	}
+	c.DisableStacktrace = true
+	c.Sampling = nil
+	c.EncoderConfig.TimeKey = "time"
+	c.EncoderConfig.EncodeTime = zapcore.RFC3339NanoTimeEncoder
+	return c.Build()
+}
