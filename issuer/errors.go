@@ -2,8 +2,11 @@ package issuer
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
+	"io"
+	"net"
 	"net/http"
 	"strings"
 
@@ -121,4 +124,23 @@ func said(err error, phrases ...string) bool {
 		}
 	}
 	return false
+}
+
+// isNetwork reports whether err says that no connection could be had or kept.
+func isNetwork(err error) bool { return networkReason(err) != "" }
+
+// networkReason says in words of our own or of the operating system why there
+// was no connection, and never what came over one.
+func networkReason(err error) string {
+	var verify *tls.CertificateVerificationError
+	var op *net.OpError
+	switch {
+	case errors.As(err, &verify):
+		return "Vault's certificate is not trusted: " + verify.Err.Error()
+	case errors.As(err, &op) && op.Op == "dial":
+		return op.Error() // the address and the operating system's reason
+	case errors.As(err, &op), errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
+		return "the connection broke"
+	}
+	return ""
 }

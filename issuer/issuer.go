@@ -24,10 +24,11 @@ import (
 )
 
 // Config says which Vault to use, as whom, and what a mint is checked against.
-// Nothing is taken from the environment.
+// Nothing is taken from the environment. Addr and Login may be empty: then
+// only identity tokens are minted, and everything else is refused.
 type Config struct {
 	Addr       string // such as https://vault.example.com:8200
-	PublicAddr string // the address steps are told; Addr by default
+	PublicAddr string // the address that steps are told; Addr by default
 	Namespace  string // Vault Enterprise namespace; empty for none
 	CA         string // PEM file of the CAs that Vault's certificate may come from; the system's by default
 	Login      Login
@@ -40,87 +41,161 @@ type Config struct {
 	CallTimeout time.Duration      // of one call to Vault; 10 s by default
 	Now         func() time.Time   // time.Now by default
 	Logger      *zap.Logger        // nothing is logged by default
-	transport   http.RoundTripper  // tests
-}
-
-// Login is how the issuer authenticates to Vault: a token, or AppRole.
-type Login struct {
-	Token     string   // a periodic, orphan token of the operator's
-	TokenFile string   // or the file it is in, read again at each login
-	AppRole   *AppRole // or AppRole
-}
-
-// AppRole is a login by role ID and secret ID.
-type AppRole struct {
-	Mount        string // "approle" by default
-	RoleID       string
-	SecretID     string
-	SecretIDFile string // or the file it is in, read again at each login
 }
 
 // Issuer mints and revokes. It is safe for concurrent use, and takes no lock
 // around a call to Vault.
 type Issuer struct {
 	cfg     Config
-	client  *api.Client
+	log     *zap.Logger
+	client  *api.Client // nil without a Vault
 	started time.Time
 	spent   spent
-	keeper  *keeper
+	keeper  *keeper // nil without a Vault
 }
 
 // New logs in to Vault and keeps the login alive until Close. ctx bounds the
 // login alone.
 func New(ctx context.Context, cfg Config) (*Issuer, error) {
-	return nil, errors.New("not built")
+	switch {
+	case cfg.Log == nil:
+		return nil, errors.New("issuer: the recorder's log key is missing")
+	case cfg.Scopes == nil || cfg.Scopes() == nil:
+		return nil, errors.New("issuer: the catalogue is missing")
+	case cfg.Identity == nil:
+		return nil, errors.New("issuer: the step identity key is missing")
+	case cfg.TrustDomain != cfg.Identity.cfg.TrustDomain:
+		return nil, fmt.Errorf("issuer: trust domain %q is not the one of the identity tokens, %q", cfg.TrustDomain, cfg.Identity.cfg.TrustDomain)
+	}
+	if cfg.FirstTTL == 0 {
+		cfg.FirstTTL = time.Minute
+	}
+	if cfg.FirstTTL < time.Second || cfg.FirstTTL > time.Minute {
+		return nil, fmt.Errorf("issuer: first TTL is %s, want 1s to 60s: what is not on record must not live longer", cfg.FirstTTL)
+	}
+	if cfg.CallTimeout == 0 {
+		cfg.CallTimeout = 10 * time.Second
+	}
+	if cfg.PublicAddr == "" {
+		cfg.PublicAddr = cfg.Addr
+	}
+	if cfg.Now == nil {
+		cfg.Now = time.Now
+	}
+	if cfg.Logger == nil {
+		cfg.Logger = zap.NewNop()
+	}
+	i := &Issuer{cfg: cfg, log: cfg.Logger, started: cfg.Now()}
+	if cfg.Addr == "" {
+		return i, nil
+	}
+	var err error
+	if i.client, err = newClient(cfg); err != nil {
+		return nil, err
+	}
+	if i.keeper, err = keepLogin(ctx, i.client, cfg.Login, i.log); err != nil {
+		return nil, err
+	}
+	return i, nil
 }
 
-// Close ends the renewal of the login. It revokes nothing.
-func (i *Issuer) Close() error { return nil }
+// newClient makes a Vault client that takes nothing from the environment. The
+// library reads VAULT_* variables in its constructor, whatever it is given;
+// what it took is set again here.
+func newClient(cfg Config) (*api.Client, error) {
+	u, err := url.Parse(cfg.Addr)
+	if err != nil || u.Host == "" || (u.Scheme != "https" && u.Scheme != "http") || u.User != nil {
+		return nil, fmt.Errorf("Vault address %q is not a URL such as https://vault.example.com:8200", cfg.Addr)
+	}
+	tlsConfig := &tls.Config{MinVersion: tls.VersionTLS12}
+	if cfg.CA != "" {
+		pem, err := os.ReadFile(cfg.CA)
+		if err != nil {
+			return nil, fmt.Errorf("reading Vault's CA: %w", err)
+		}
+		tlsConfig.RootCAs = x509.NewCertPool()
+		if !tlsConfig.RootCAs.AppendCertsFromPEM(pem) {
+			return nil, fmt.Errorf("Vault's CA %s holds no PEM certificate", cfg.CA)
+		}
+	}
+	client, err := api.NewClient(&api.Config{
+		Address:    cfg.Addr,
+		Timeout:    cfg.CallTimeout,
+		MaxRetries: 0, // a repeated create would leave a second child behind
+		HttpClient: &http.Client{
+			Transport: &http.Transport{
+				DialContext:         (&net.Dialer{Timeout: 5 * time.Second, KeepAlive: 30 * time.Second}).DialContext,
+				TLSClientConfig:     tlsConfig,
+				TLSHandshakeTimeout: 5 * time.Second,
+				ForceAttemptHTTP2:   true,
+				// 64 steps at a time keep their connections; more open new ones.
+				MaxIdleConns: 128, MaxIdleConnsPerHost: 128, IdleConnTimeout: 90 * time.Second,
+			},
+			// The library follows one redirect itself (standby to active), and
+			// checks that it does not leave TLS.
+			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+		},
+	})
+	if err != nil {
+		return nil, fmt.Errorf("Vault client: %w", err)
+	}
+	h := http.Header{api.RequestHeaderName: {"true"}}
+	if cfg.Namespace != "" {
+		h.Set(api.NamespaceHeaderName, cfg.Namespace)
+	}
+	client.SetHeaders(h)
+	client.ClearToken()
+	client.SetWrappingLookupFunc(func(string, string) string { return "" })
+	return client, nil
+}
+
+// as returns the client acting with token, and asking for the answer wrapped
+// where wrap is not zero.
+func (i *Issuer) as(token string, wrap time.Duration) *api.Logical {
+	return i.client.WithRequestCallbacks(func(r *api.Request) {
+		r.ClientToken = token
+		if wrap > 0 {
+			r.WrapTTL = seconds(wrap)
+		}
+	}).Logical()
+}
+
+// wrapped returns the client asking for the answer wrapped, with the login.
+func (i *Issuer) wrapped(wrap time.Duration) *api.Logical {
+	if wrap == 0 {
+		return i.client.Logical()
+	}
+	return i.client.WithRequestCallbacks(func(r *api.Request) { r.WrapTTL = seconds(wrap) }).Logical()
+}
+
+// Close ends the renewal of the login. It revokes nothing: children are
+// orphans and outlive it.
+func (i *Issuer) Close() error {
+	if i.keeper != nil {
+		i.keeper.stop()
+	}
+	return nil
+}
 
 // Ping reports whether Vault is unsealed and the login holds. Errors wrap
 // ErrVaultUnavailable or ErrVaultRefused.
-func (i *Issuer) Ping(ctx context.Context) error { return nil }
-
-// Mint makes the credential that w warrants. Nothing is handed out yet: the
-// caller records what Minted.Issued says, then calls Activate, and only then
-// replies. Errors wrap store.ErrWarrant (Vault was not turned to),
-// ErrVaultUnavailable or ErrVaultRefused, and a *StageError names where.
-func (i *Issuer) Mint(ctx context.Context, w store.Warrant) (*Minted, error) { return nil, nil }
-
-// Activate lengthens a minted credential from the first TTL to its full one.
-// It is called once credential.issued is on record.
-func (i *Issuer) Activate(ctx context.Context, m *Minted) error { return nil }
-
-// Discard revokes, as far as it can, what a mint left whose issuance could
-// not be recorded. What it cannot revoke dies by the first TTL.
-func (i *Issuer) Discard(ctx context.Context, m *Minted) error { return nil }
-
-// Revoke ends a credential, synchronously: when it returns nil, Vault has
-// ended it. What Vault no longer knows counts as ended, so that Revoke may be
-// repeated.
-func (i *Issuer) Revoke(ctx context.Context, d store.IssuedDetails) error { return nil }
-
-// Missing is a capability that the login lacks.
-type Missing struct {
-	Scope      string // empty where every scope needs it
-	Path       string
-	Capability string
-	Note       string // what to do
+func (i *Issuer) Ping(ctx context.Context) error {
+	if i.client == nil {
+		return nil
+	}
+	_, err := i.client.Logical().ReadWithContext(ctx, "auth/token/lookup-self")
+	return i.failed(stageLogin, err)
 }
 
-// CheckCapabilities asks Vault what the login may do (sys/capabilities-self)
-// and returns what is missing of what the catalogue in force needs.
-func (i *Issuer) CheckCapabilities(ctx context.Context) ([]Missing, error) { return nil, nil }
-
-var _ = fmt.Sprint
-var _ = net.Listen
-var _ = url.Parse
-var _ = os.Open
-var _ tls.Config
-var _ x509.Certificate
-
-type spent struct{}
-type keeper struct{}
-
-func isNetwork(error) bool       { return false }
-func networkReason(error) string { return "" }
+// failed sorts an error of a call made with the login, and has the login
+// looked at where Vault no longer accepts it.
+func (i *Issuer) failed(stage string, err error) error {
+	if err == nil {
+		return nil
+	}
+	var re *api.ResponseError
+	if errors.As(err, &re) && re.StatusCode == http.StatusForbidden {
+		i.keeper.look()
+	}
+	return vaultError(stage, err)
+}

@@ -1,0 +1,46 @@
+package issuer
+
+import (
+	"context"
+	"errors"
+
+	"github.com/countersign-dev/countersign/store"
+)
+
+// Revoke ends a credential, synchronously: when it returns nil, Vault has
+// ended it. What Vault no longer knows counts as ended, so that Revoke may be
+// repeated. It goes on after a failure, to end as much as it can, and returns
+// all of them.
+//
+// The lease goes first: revoking the token only queues the leases that hang
+// on it. A secret that was delivered wrapped keeps its lease to itself; Vault
+// ends that one just after its token.
+func (i *Issuer) Revoke(ctx context.Context, d store.IssuedDetails) error {
+	if i.client == nil {
+		return nil
+	}
+	var errs []error
+	if d.LeaseID != "" {
+		// POST sys/leases/revoke
+		_, err := i.client.Logical().WriteWithContext(ctx, "sys/leases/revoke", map[string]any{"lease_id": d.LeaseID, "sync": true})
+		if err != nil && !said(err, "invalid lease", "lease not found") {
+			errs = append(errs, i.failed(stageLease, err))
+		}
+	}
+	if d.Accessor != "" {
+		errs = append(errs, i.revokeAccessor(ctx, stageAccessor, d.Accessor))
+	}
+	if d.WrappingAccessor != "" {
+		errs = append(errs, i.revokeAccessor(ctx, stageWrapping, d.WrappingAccessor))
+	}
+	return errors.Join(errs...)
+}
+
+func (i *Issuer) revokeAccessor(ctx context.Context, stage, accessor string) error {
+	// POST auth/token/revoke-accessor
+	_, err := i.client.Logical().WriteWithContext(ctx, "auth/token/revoke-accessor", map[string]any{"accessor": accessor})
+	if err != nil && said(err, "invalid accessor") {
+		return nil
+	}
+	return i.failed(stage, err)
+}
