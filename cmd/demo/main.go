@@ -82,6 +82,7 @@ type demo struct {
 	dev    *dev
 	binary string
 	dir    string
+	newest int64 // ledger index of the newest issuance
 }
 
 const runID = "run-42"
@@ -144,7 +145,7 @@ func (d *demo) vaultToken(ctx context.Context) error {
 	if status != 200 {
 		return fmt.Errorf("its one path answers %d", status)
 	}
-	show("vault", fmt.Sprintf("GET  secret/data/demo         200 %s", body))
+	show("vault", fmt.Sprintf("%-4s %-28s %d %s", "GET", "secret/data/demo", status, body))
 	for _, other := range [][3]string{
 		{"GET", "secret/data/other", ""},
 		{"POST", "secret/data/demo", `{"data":{"greeting":"changed"}}`},
@@ -238,10 +239,15 @@ func (d *demo) record(ctx context.Context) error {
 	}
 	show("$ countersign history --run "+runID, "")
 	show("", out)
-	head := filepath.Join(d.dir, "head")
-	out, err = command(ctx, env, d.binary, "verify", d.dev.Recorder, "--key", d.dev.LogKey, "--save", head)
+	if err := d.published(ctx); err != nil {
+		return err
+	}
+	out, err = command(ctx, env, d.binary, "verify", d.dev.Recorder, "--key", d.dev.LogKey)
 	if err != nil {
 		return err
+	}
+	if !strings.HasPrefix(out, "verified: ") {
+		return errors.New("verify says: " + out)
 	}
 	show("$ countersign verify "+d.dev.Recorder+" --key "+d.dev.LogKey, "")
 	show("", out)
@@ -255,6 +261,26 @@ func (d *demo) record(ctx context.Context) error {
 	}
 	say("Under any other key it does not verify.")
 	return nil
+}
+
+// published waits until the published head covers the newest issuance: a
+// recorder publishes every few moments, and the log is verified up to there.
+func (d *demo) published(ctx context.Context) error {
+	for range 100 {
+		size, err := d.dev.published(ctx)
+		if err != nil {
+			return err
+		}
+		if size > d.newest {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
+	return fmt.Errorf("entry %d is not under a published head after 10 s", d.newest)
 }
 
 func chapter(title string) {

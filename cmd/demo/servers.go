@@ -219,6 +219,29 @@ func (d *dev) do(ctx context.Context, method, url, body string, into any) error 
 	return json.Unmarshal(b, into)
 }
 
+// published is the size that the recorder's published checkpoint signs: its
+// second line (C2SP tlog-checkpoint).
+func (d *dev) published(ctx context.Context) (int64, error) {
+	req, err := http.NewRequestWithContext(ctx, "GET", d.Recorder+"/checkpoint", nil)
+	if err != nil {
+		return 0, err
+	}
+	res, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return 0, err
+	}
+	defer res.Body.Close()
+	b, err := io.ReadAll(io.LimitReader(res.Body, 1<<16))
+	if err != nil {
+		return 0, err
+	}
+	lines := strings.SplitN(string(b), "\n", 3)
+	if len(lines) < 3 {
+		return 0, fmt.Errorf("%s/checkpoint answers %s", d.Recorder, res.Status)
+	}
+	return strconv.ParseInt(lines[1], 10, 64)
+}
+
 // issued is a 201 of POST /steps/{step}/credential.
 type issued struct {
 	Request string `json:"request"`
@@ -250,6 +273,7 @@ func (d *demo) ask(ctx context.Context, step, body string) (*issued, error) {
 	if err := d.dev.call(ctx, "POST", "/steps/"+step+"/credential", body, &c); err != nil {
 		return nil, err
 	}
+	d.newest = max(d.newest, c.Ledger.Index)
 	say("201 for %s", c.Step.Identity)
 	say("on record before it was answered: ledger index %d", c.Ledger.Index)
 	return &c, nil
