@@ -39,14 +39,19 @@ func (i *Issuer) CheckCapabilities(ctx context.Context) ([]Missing, error) {
 	needs := []Missing{
 		{"", "auth/token/renew-accessor", "update", "a step's token is lengthened with it; " + planned},
 		{"", "auth/token/revoke-accessor", "update", "a step's token is revoked with it; " + planned},
-		{"", "sys/leases/revoke", "update", "a step's lease is revoked with it; " + planned},
 		{"", "auth/token/lookup-self", "read", "the login is watched with it; " + planned},
 		{"", "auth/token/renew-self", "update", "the login is renewed with it; " + planned},
 	}
+	leases := false
 	for _, s := range i.cfg.Scopes().Scopes() {
-		if s.Engine != scopes.Identity && !slices.Equal(s.Delivery, []string{scopes.Gateway}) {
-			needs = append(needs, Missing{s.Name, "auth/token/create/" + s.VaultName(), "update", "a step's token is made with it; " + planned})
+		if s.Engine == scopes.Identity || slices.Equal(s.Delivery, []string{scopes.Gateway}) {
+			continue // asks nothing of Vault here
 		}
+		needs = append(needs, Missing{s.Name, "auth/token/create/" + s.VaultName(), "update", "a step's token is made with it; " + planned})
+		leases = leases || s.Revocable && s.Engine != scopes.Token
+	}
+	if leases {
+		needs = append(needs, Missing{"", "sys/leases/revoke", "update", "a step's lease is revoked with it; " + planned})
 	}
 	paths := make([]string, len(needs))
 	for n, m := range needs {
