@@ -37,7 +37,7 @@ func (i *Issuer) fetch(ctx context.Context, j *job, c *child) (fetched, error) {
 		// An end, not a TTL: a slow Vault must not make it later. Vault refuses
 		// to be given both.
 		delete(body, "ttl")
-		body["not_after"] = j.Issuing.NotPast.UTC().Truncate(time.Second).Format(time.RFC3339)
+		body["not_after"] = j.end.UTC().Truncate(time.Second).Format(time.RFC3339)
 	case scopes.SSH:
 		// ssh/sign takes a TTL and no end. One second less than is left, so that the
 		// time the call takes does not carry the certificate past its end.

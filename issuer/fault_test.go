@@ -55,6 +55,7 @@ const moreScopes = `
 `
 
 func TestWhateverFailsWithinAMintLeavesNoLiveTokenBeyondTheFirstTTL(t *testing.T) {
+	t.Parallel()
 	var proxy *vaulttest.Proxy
 	b := newBench(t, benchOptions{postgres: true, change: func(c *Config) {
 		proxy = vaulttest.NewProxy(t, c.Addr)
@@ -127,7 +128,8 @@ func (b *bench) roles(t testing.TB) []string {
 }
 
 func TestACredentialThatIsNeverActivatedDiesWithItsDatabaseRole(t *testing.T) {
-	b := newBench(t, benchOptions{postgres: true, change: func(c *Config) { c.FirstTTL = 2 * time.Second }})
+	t.Parallel()
+	b := newBench(t, benchOptions{postgres: true, change: func(c *Config) { c.FirstTTL = 3 * time.Second }})
 	m := b.mint(ask{scope: "orders-db:read", ttl: 10 * time.Minute})
 	kept := b.mint(ask{scope: "orders-db:read", ttl: 10 * time.Minute})
 	if err := b.iss.Activate(t.Context(), kept); err != nil {
@@ -153,6 +155,7 @@ func TestACredentialThatIsNeverActivatedDiesWithItsDatabaseRole(t *testing.T) {
 }
 
 func TestRevocationSaysWhenItDidNotHappen(t *testing.T) {
+	t.Parallel()
 	var proxy *vaulttest.Proxy
 	b := newBench(t, benchOptions{change: func(c *Config) {
 		proxy = vaulttest.NewProxy(t, c.Addr)
@@ -213,6 +216,7 @@ func TestASealedOrStoppedVaultIsUnavailable(t *testing.T) {
 }
 
 func TestAWrappedSecretIsUnwrappedOnce(t *testing.T) {
+	t.Parallel()
 	b := newBench(t, benchOptions{postgres: true, catalogue: withoutApprovals(string(scopes.Demo(nil))) + moreScopes, change: func(c *Config) { c.FirstTTL = 5 * time.Second }})
 	for _, tt := range []struct {
 		ask       ask

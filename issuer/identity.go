@@ -92,7 +92,7 @@ const maxToken = 8 << 10
 func (i *Identity) sign(j *job) (token string, expires time.Time, err error) {
 	return i.Sign(Claims{
 		RegisteredClaims: jwt.RegisteredClaims{
-			ID: j.Intent.ID, Audience: jwt.ClaimStrings{j.Grant.Audience}, ExpiresAt: jwt.NewNumericDate(j.Issuing.NotPast.Time),
+			ID: j.Intent.ID, Audience: jwt.ClaimStrings{j.Grant.Audience}, ExpiresAt: jwt.NewNumericDate(j.end.Time),
 		},
 		Orchestrator: j.Intent.Orchestrator, Run: j.Intent.Run, Step: j.Intent.Step, Request: j.Intent.Request, Scope: j.Grant.Scope,
 	})

@@ -105,7 +105,7 @@ func New(ctx context.Context, cfg Config) (*Issuer, error) {
 func newClient(cfg Config) (*api.Client, error) {
 	u, err := url.Parse(cfg.Addr)
 	if err != nil || u.Host == "" || (u.Scheme != "https" && u.Scheme != "http") || u.User != nil {
-		return nil, fmt.Errorf("Vault address %q is not a URL such as https://vault.example.com:8200", cfg.Addr)
+		return nil, fmt.Errorf("the Vault address %q is not a URL such as https://vault.example.com:8200", cfg.Addr)
 	}
 	tlsConfig := &tls.Config{MinVersion: tls.VersionTLS12}
 	if cfg.CA != "" {
@@ -115,7 +115,7 @@ func newClient(cfg Config) (*api.Client, error) {
 		}
 		tlsConfig.RootCAs = x509.NewCertPool()
 		if !tlsConfig.RootCAs.AppendCertsFromPEM(pem) {
-			return nil, fmt.Errorf("Vault's CA %s holds no PEM certificate", cfg.CA)
+			return nil, fmt.Errorf("the CA of Vault, %s, holds no PEM certificate", cfg.CA)
 		}
 	}
 	client, err := api.NewClient(&api.Config{
@@ -137,7 +137,7 @@ func newClient(cfg Config) (*api.Client, error) {
 		},
 	})
 	if err != nil {
-		return nil, fmt.Errorf("Vault client: %w", err)
+		return nil, fmt.Errorf("making the Vault client: %w", err)
 	}
 	h := http.Header{api.RequestHeaderName: {"true"}}
 	if cfg.Namespace != "" {

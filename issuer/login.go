@@ -65,7 +65,7 @@ func (l Login) login(ctx context.Context, client *api.Client) (*api.Secret, erro
 		}
 	}
 	if n != 1 {
-		return nil, errors.New("Vault login: give exactly one of token, token_file and approle")
+		return nil, errors.New("login to Vault: give exactly one of token, token_file and approle")
 	}
 	if l.AppRole != nil {
 		auth, err := approle.NewAppRoleAuth(l.AppRole.RoleID,
@@ -77,7 +77,7 @@ func (l Login) login(ctx context.Context, client *api.Client) (*api.Secret, erro
 				return approle.WithMountPath(l.AppRole.Mount)(a)
 			})
 		if err != nil {
-			return nil, fmt.Errorf("Vault login by AppRole: %w", err)
+			return nil, fmt.Errorf("login to Vault by AppRole: %w", err)
 		}
 		s, err := auth.Login(ctx, client.WithRequestCallbacks(func(r *api.Request) { r.ClientToken = "" }))
 		if err != nil {
@@ -96,7 +96,7 @@ func (l Login) login(ctx context.Context, client *api.Client) (*api.Secret, erro
 	if l.TokenFile != "" {
 		b, err := os.ReadFile(l.TokenFile)
 		if err != nil {
-			return nil, fmt.Errorf("Vault login: %w", err)
+			return nil, fmt.Errorf("login to Vault: %w", err)
 		}
 		token = strings.TrimSpace(string(b))
 	}

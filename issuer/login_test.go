@@ -38,6 +38,7 @@ func (b *bench) appRole(ttl, most time.Duration) Login {
 }
 
 func TestAnAppRoleLoginIsRenewedAndThenMadeAnew(t *testing.T) {
+	t.Parallel()
 	b := newBench(t, benchOptions{})
 	cfg := b.cfg
 	cfg.Login = b.appRole(2*time.Second, 5*time.Second)
@@ -68,6 +69,7 @@ func TestAnAppRoleLoginIsRenewedAndThenMadeAnew(t *testing.T) {
 }
 
 func TestALoginThatVaultHasForgottenIsMadeAnewAtTheNextRefusal(t *testing.T) {
+	t.Parallel()
 	b := newBench(t, benchOptions{})
 	cfg := b.cfg
 	cfg.Login = b.appRole(time.Hour, time.Hour)
@@ -85,6 +87,7 @@ func TestALoginThatVaultHasForgottenIsMadeAnewAtTheNextRefusal(t *testing.T) {
 }
 
 func TestATokenFileIsReadAgainWhenItsTokenIsRefused(t *testing.T) {
+	t.Parallel()
 	b := newBench(t, benchOptions{})
 	file := filepath.Join(t.TempDir(), "token")
 	write := func(token string) {

@@ -50,13 +50,12 @@ type job struct {
 	*store.Warranted
 	scope *scopes.Scope
 	now   time.Time
+	end   store.Time // of the credential: the intent's NotPast, or a full TTL from now, whichever is earlier
 }
 
 // left is how long the credential may still live, in whole seconds: Vault
-// knows no smaller unit, and it must not outlive the intent's NotPast.
-func (j *job) left(now time.Time) time.Duration {
-	return j.Issuing.NotPast.Sub(now).Truncate(time.Second)
-}
+// knows no smaller unit.
+func (j *job) left(now time.Time) time.Duration { return j.end.Sub(now).Truncate(time.Second) }
 
 // warranted checks everything that must hold before Vault is turned to. It
 // spends the intent: whatever becomes of the mint, there is no second one.
@@ -98,9 +97,9 @@ func (i *Issuer) warranted(w store.Warrant) (*job, error) {
 		return refuse(stageGrant, "the issuer's catalogue gives another grant for %s than the one on record", scope.Name)
 	case own.Path != "" && path.Clean("/"+own.Path) != "/"+own.Path:
 		return refuse(stageGrant, "Vault path %q is not in its shortest form", own.Path)
-	// NotPast was bounded by the recorder with a minute to spare; what was
-	// granted is the bound here.
-	case v.Issuing.NotPast.After(v.Intent.Time.Add(time.Duration(own.TTL) + time.Second)):
+	// The broker's clock set NotPast and the recorder's the time. What they may
+	// differ by lengthens nothing: a full TTL from now is the other bound.
+	case v.Issuing.NotPast.After(v.Intent.Time.Add(time.Duration(own.TTL) + store.MaxIntentAge)):
 		return refuse(stageWarrant, "the intent ends %s after it was made, the grant after %s", v.Issuing.NotPast.Sub(v.Intent.Time.Time), time.Duration(own.TTL))
 	case v.Issuing.NotPast.Sub(now) < time.Second:
 		return refuse(stageWarrant, "less than a second is left of what was granted")
@@ -111,13 +110,17 @@ func (i *Issuer) warranted(w store.Warrant) (*job, error) {
 	case !i.spent.claim(v.Intent.ID, v.Intent.Time.Add(store.MaxIntentAge), now):
 		return refuse(stageWarrant, "the intent was spent before")
 	}
-	return &job{Warranted: v, scope: scope, now: now}, nil
+	end := v.Issuing.NotPast
+	if full := now.Add(time.Duration(own.TTL)); full.Before(end.Time) {
+		end = store.At(full)
+	}
+	return &job{Warranted: v, scope: scope, now: now, end: end}, nil
 }
 
 // issued is what the record is to say of every credential of j.
 func (j *job) issued(kind Kind, revocable bool) store.IssuedDetails {
 	return store.IssuedDetails{
-		Intent: j.Intent.ID, Attempt: j.Issuing.Attempt, Kind: string(kind), Revocable: revocable, Expires: j.Issuing.NotPast,
+		Intent: j.Intent.ID, Attempt: j.Issuing.Attempt, Kind: string(kind), Revocable: revocable, Expires: j.end,
 	}
 }
 
@@ -284,8 +287,13 @@ func (i *Issuer) Activate(ctx context.Context, m *Minted) error {
 }
 
 // Discard revokes what a mint left whose issuance could not be recorded, or
-// that could not be activated. What it cannot revoke dies by the first TTL.
-func (i *Issuer) Discard(ctx context.Context, m *Minted) error { return i.Revoke(ctx, m.Issued) }
+// that could not be activated. It goes on when ctx has been cancelled, since
+// the caller may have gone. What it cannot revoke dies by the first TTL.
+func (i *Issuer) Discard(ctx context.Context, m *Minted) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), dropWithin)
+	defer cancel()
+	return i.Revoke(ctx, m.Issued)
+}
 
 // seconds writes a duration as Vault reads it.
 func seconds(d time.Duration) string { return strconv.FormatInt(int64(d/time.Second), 10) + "s" }

@@ -1,6 +1,7 @@
 package issuer
 
 import (
+	"context"
 	"errors"
 	"strings"
 	"sync"
@@ -181,6 +182,46 @@ func TestAnIntentIsMintedOnceHoweverOftenItIsShown(t *testing.T) {
 	wg.Wait()
 	if minted.Load() != 1 || refused.Load() != 63 || len(b.live()) != 1 {
 		t.Fatalf("%d minted, %d refused, live %q", minted.Load(), refused.Load(), b.live())
+	}
+}
+
+func TestClocksThatDifferLengthenNothing(t *testing.T) {
+	b := newBench(t, benchOptions{})
+	m := b.mint(ask{scope: "vault:demo-read", ttl: 5 * time.Minute, change: func(_, _ *store.Entry, _ *store.RequestedDetails, i *store.IssuingDetails) {
+		i.NotPast = store.At(i.NotPast.Add(10 * time.Second)) // by a broker whose clock is ahead
+	}})
+	if m.Issued.Expires.After(time.Now().Add(5 * time.Minute)) {
+		t.Errorf("ends %s from now", time.Until(m.Issued.Expires.Time))
+	}
+	// A retry has the end of what it replaces.
+	short := b.mint(ask{scope: "vault:demo-read", ttl: 5 * time.Minute, change: func(_, _ *store.Entry, _ *store.RequestedDetails, i *store.IssuingDetails) {
+		i.Attempt, i.NotPast = 2, store.At(time.Now().Add(20*time.Second))
+	}})
+	if err := b.iss.Activate(t.Context(), short); err != nil {
+		t.Fatal(err)
+	}
+	got, err := b.root.Auth().Token().LookupAccessor(short.Issued.Accessor)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if ttl, err := got.TokenTTL(); err != nil || ttl > 20*time.Second || ttl < 15*time.Second {
+		t.Errorf("lives for %s, %v", ttl, err)
+	}
+}
+
+func TestACallerThatHasGoneLeavesNothing(t *testing.T) {
+	b := newBench(t, benchOptions{})
+	m := b.mint(ask{scope: "vault:demo-read"})
+	gone, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := b.iss.Discard(gone, m); err != nil {
+		t.Error(err)
+	}
+	if _, err := b.iss.Mint(gone, b.warrant(ask{scope: "pki:service"})); !errors.Is(err, ErrVaultUnavailable) {
+		t.Error(err)
+	}
+	if live := b.live(); len(live) != 0 {
+		t.Errorf("live: %q", live)
 	}
 }
 

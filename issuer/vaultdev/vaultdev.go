@@ -174,7 +174,7 @@ func NewClient(addr, token string) (*api.Client, error) {
 	}
 	c, err := api.NewClient(cfg)
 	if err != nil {
-		return nil, fmt.Errorf("Vault client for %s: %w", addr, err)
+		return nil, fmt.Errorf("making a Vault client for %s: %w", addr, err)
 	}
 	c.SetHeaders(http.Header{api.RequestHeaderName: {"true"}})
 	c.SetWrappingLookupFunc(func(string, string) string { return "" })
