@@ -177,6 +177,7 @@ func runDev(ctx context.Context, f devFlags) error {
 		}
 		return f.banner(&r, people.ledger.Size())
 	})
+	defer os.Remove(f.readyFile)
 	return group.Wait()
 }
 
