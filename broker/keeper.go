@@ -312,7 +312,9 @@ func (b *Broker) due(now time.Time) map[string]func(context.Context) error {
 				}
 				if t, ok := b.index.get(id); ok && t.live {
 					if b.Now().Before(t.issued.Expires.Time) {
-						b.noteTracked(id) // Redis had another end for it
+						// Redis had another end for it.
+						b.note(inflight.Request{ID: id, Orchestrator: t.story.Orchestrator, Run: t.story.Run, Step: t.story.Step,
+							Scope: t.story.Action, Status: string(t.status), Expires: t.issued.Expires.Time})
 						return nil
 					}
 					return b.expire(ctx, id, false)
@@ -399,25 +401,28 @@ func (b *Broker) closing(ctx context.Context, id string, s *store.Submission) er
 		default:
 			err = fmt.Errorf("%s of request %s is not taken yet", s.Type, id)
 		}
-		b.noteTracked(id)
+		b.noteTracked(id, s)
 		return err
 	}
 	if err == nil {
-		b.noteTracked(id)
+		b.noteTracked(id, s)
 	}
 	return err
 }
 
-// noteTracked tells the other brokers what the index says of a request.
-func (b *Broker) noteTracked(id string) {
-	t, ok := b.index.get(id)
-	if !ok {
-		_ = b.Inflight.Forget(b.ctx, id)
-		return
+// noteTracked tells the other brokers what the index says of a request, which
+// closed was about to close. What the index holds no more is closed: the
+// follower may have dropped it already.
+func (b *Broker) noteTracked(id string, closed *store.Submission) {
+	r := inflight.Request{ID: id, Orchestrator: closed.Orchestrator, Run: closed.Run, Step: closed.Step, Scope: closed.Action, Status: string(store.StatusClosed)}
+	if closed.Type == store.CredentialAbandoned {
+		r.Status = string(store.StatusFailed)
 	}
-	r := inflight.Request{ID: id, Orchestrator: t.story.Orchestrator, Run: t.story.Run, Step: t.story.Step, Scope: t.story.Action, Status: string(t.status)}
-	if t.live {
-		r.Expires = t.issued.Expires.Time
+	if t, ok := b.index.get(id); ok {
+		r.Status = string(t.status)
+		if t.live {
+			r.Expires = t.issued.Expires.Time
+		}
 	}
 	b.note(r)
 }

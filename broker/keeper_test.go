@@ -30,12 +30,12 @@ func TestACredentialIsClosedWhenItsTimeIsOver(t *testing.T) {
 				v, err := two.Get(t.Context(), demoCaller, r.Request)
 				return err == nil && !v.Expires.IsZero()
 			})
-			w.clock.pass(59 * time.Second)
+			w.clock.pass(40 * time.Second)
 			time.Sleep(60 * time.Millisecond) // three ticks, in which nothing may happen
 			if n := w.count(store.CredentialExpired); n != 0 {
 				t.Fatal("expired before its time")
 			}
-			w.clock.pass(2 * time.Second)
+			w.clock.pass(21 * time.Second)
 			w.until("expired", func() bool { return w.count(store.CredentialExpired) == 1 })
 			time.Sleep(60 * time.Millisecond) // three ticks of both brokers
 			if n := w.count(store.CredentialExpired); n != 1 {
