@@ -292,6 +292,12 @@ func (l *Ledger) Close() error {
 
 func (l *Ledger) release() error {
 	var errs []error
+	if l.wr.conn != nil { // a database closes only the connections that were given back
+		for _, s := range l.wr.stmts {
+			errs = append(errs, s.Close())
+		}
+		errs = append(errs, l.wr.conn.Close())
+	}
 	for _, db := range []*sql.DB{l.r, l.w, l.keys} {
 		if db != nil {
 			errs = append(errs, db.Close())
