@@ -436,6 +436,9 @@ func (b *Broker) retry(ctx context.Context, p *plan, r *store.Request) (*Reply, 
 	// A crash after this append leaves an intent without an outcome, as after
 	// the first.
 	done, err := b.append(work, subs...)
+	if err != nil {
+		b.calls.answered(r.ID, b.Now()) // another try may follow
+	}
 	if _, refused := store.IsOrder(err); refused {
 		return nil, ErrClosed // another broker's retry was quicker
 	}
