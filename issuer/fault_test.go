@@ -59,7 +59,7 @@ func TestWhateverFailsWithinAMintLeavesNoLiveTokenBeyondTheFirstTTL(t *testing.T
 	var proxy *vaulttest.Proxy
 	b := newBench(t, benchOptions{postgres: true, change: func(c *Config) {
 		proxy = vaulttest.NewProxy(t, c.Addr)
-		c.Addr, c.FirstTTL, c.CallTimeout = proxy.Addr, 2*time.Second, 300*time.Millisecond
+		c.Addr, c.FirstTTL, c.CallTimeout = proxy.Addr, 2*time.Second, time.Second
 	}})
 	for _, call := range []struct {
 		name, on, stage string
@@ -159,7 +159,7 @@ func TestRevocationSaysWhenItDidNotHappen(t *testing.T) {
 	var proxy *vaulttest.Proxy
 	b := newBench(t, benchOptions{change: func(c *Config) {
 		proxy = vaulttest.NewProxy(t, c.Addr)
-		c.Addr, c.CallTimeout = proxy.Addr, 300*time.Millisecond
+		c.Addr, c.CallTimeout = proxy.Addr, time.Second
 	}})
 	m := b.mint(ask{scope: "vault:demo-read"})
 	for _, f := range faults {

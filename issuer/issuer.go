@@ -67,6 +67,11 @@ func New(ctx context.Context, cfg Config) (*Issuer, error) {
 	case cfg.TrustDomain != cfg.Identity.cfg.TrustDomain:
 		return nil, fmt.Errorf("issuer: trust domain %q is not the one of the identity tokens, %q", cfg.TrustDomain, cfg.Identity.cfg.TrustDomain)
 	}
+	for _, s := range cfg.Scopes().Scopes() {
+		if s.Engine == scopes.Identity && s.MaxTTL > cfg.Identity.cfg.MaxTTL {
+			return nil, fmt.Errorf("issuer: scope %s allows %s, identity tokens live for %s at most: lower max_ttl, or raise the identity's", s.Name, s.MaxTTL, cfg.Identity.cfg.MaxTTL)
+		}
+	}
 	if cfg.FirstTTL == 0 {
 		cfg.FirstTTL = time.Minute
 	}

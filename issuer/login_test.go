@@ -250,3 +250,34 @@ func TestATokenRoleThatIsWiderThanPlannedIsNotMintedUnder(t *testing.T) {
 		}
 	})
 }
+
+func TestAnIssuerThatCouldNotMintIsNotMade(t *testing.T) {
+	b := newBench(t, benchOptions{})
+	for want, change := range map[string]func(*Config){
+		"log key":              func(c *Config) { c.Log = nil },
+		"catalogue is missing": func(c *Config) { c.Scopes = nil },
+		"identity key":         func(c *Config) { c.Identity = nil },
+		"trust domain":         func(c *Config) { c.TrustDomain = "other.test" },
+		"first TTL":            func(c *Config) { c.FirstTTL = time.Hour },
+		"not a URL":            func(c *Config) { c.Addr = "vault:8200" },
+		"no such file":         func(c *Config) { c.CA = filepath.Join(t.TempDir(), "ca.pem") },
+		"identity tokens live": func(c *Config) {
+			c.Identity = &Identity{cfg: IdentityConfig{TrustDomain: trustDomain, MaxTTL: time.Minute}}
+		},
+	} {
+		cfg := b.cfg
+		change(&cfg)
+		if _, err := New(t.Context(), cfg); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%v, want %q", err, want)
+		}
+	}
+	cfg := b.cfg
+	cfg.Addr, cfg.Login = "", Login{}
+	i := b.issuer(cfg)
+	if _, err := i.Mint(t.Context(), b.warrant(ask{scope: "identity:step"})); err != nil {
+		t.Error(err)
+	}
+	if _, err := i.Mint(t.Context(), b.warrant(ask{scope: "vault:demo-read"})); !errors.Is(err, ErrVaultRefused) {
+		t.Error(err)
+	}
+}

@@ -2,6 +2,7 @@ package vaulttest
 
 import (
 	"io"
+	"log"
 	"net/http"
 	"net/http/httptest"
 	"net/http/httputil"
@@ -40,6 +41,7 @@ func NewProxy(t testing.TB, addr string) *Proxy {
 	}
 	p := &Proxy{}
 	forward := httputil.NewSingleHostReverseProxy(to)
+	forward.ErrorLog = log.New(io.Discard, "", 0) // callers that give up are what a test is about
 	forward.Transport = &http.Transport{MaxIdleConnsPerHost: 128}
 	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		path := strings.TrimPrefix(r.URL.Path, "/v1/")
