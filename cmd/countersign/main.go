@@ -86,6 +86,7 @@ Start with: countersign dev`,
 		scopesCommand(),
 		tokenCommand(),
 		keyCommand(),
+		doctorCommand(),
 		versionCommand(),
 	)
 	return cmd

@@ -162,7 +162,9 @@ func writers(o *peopleOptions) (list []auth.Principal) {
 		o.log.Warn("the writers' tokens could not be read", zap.Error(err))
 	}
 	for _, t := range tokens {
-		list = append(list, auth.Principal{Name: t.Name, Role: t.Role, Method: "token"})
+		if t.Role == auth.Writer {
+			list = append(list, auth.Principal{Name: t.Name, Role: t.Role, Method: "token"})
+		}
 	}
 	for _, c := range o.certs {
 		list = append(list, auth.Principal{Name: c.Name, Role: auth.Writer, Method: "mtls"})

@@ -33,8 +33,8 @@ func serveCommand() *cobra.Command {
 		Use:   "serve --config FILE",
 		Short: "Run the broker: the machines' side",
 		Long: `Run the broker, which orchestrators ask for credentials. docs/operations.md
-lists every key of the configuration. SIGHUP reads catalogue, policy, token
-hashes and identity keys again; SIGTERM finishes what is under way and ends.`,
+lists every key of the configuration. SIGHUP reads catalogue, policy and
+identity keys again; SIGTERM finishes what is under way and ends.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			var c serveConfig
@@ -267,15 +267,15 @@ func (m *machines) close() {
 // reload reads again what may change in a running broker. What cannot be read
 // stays as it was.
 func (m *machines) reload() {
-	for what, fn := range map[string]func() error{
-		"catalogue and policy": m.o.scopes.Reload,
-		"identity keys":        m.identity.Reload,
-	} {
-		if err := fn(); err != nil {
-			m.o.log.Error("not reloaded, the old stays in force", zap.String("what", what), zap.Error(err))
+	for _, x := range []struct {
+		what string
+		read func() error
+	}{{"catalogue and policy", m.o.scopes.Reload}, {"identity keys", m.identity.Reload}} {
+		if err := x.read(); err != nil {
+			m.o.log.Error("not reloaded, the old stays in force", zap.String("what", x.what), zap.Error(err))
 			continue
 		}
-		m.o.log.Info("reloaded", zap.String("what", what))
+		m.o.log.Info("reloaded", zap.String("what", x.what))
 	}
 }
 

@@ -1,0 +1,143 @@
+package main
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// wholeServe is a configuration in which every key is set.
+const wholeServe = `
+listen: {addr: 0.0.0.0:8787, cert: tls.pem, key: tls.key}
+public_url: https://countersign.example.com
+trust_domain: example.com
+identity_key: identity.key
+identity_lead: 10m
+privacy_key: privacy.key
+catalogue: catalogue.yaml
+policy: policy.rego
+recorder: {url: https://recorder.example.com, writer: broker-1, token_file: t, ca: ca.pem, log_key: k, head_file: head}
+vault: {addr: https://vault.example.com:8200, ca: ca.pem, namespace: n, approle: {mount: approle, role_id: r, secret_id_file: s}}
+redis: {embedded: true}
+orchestrators:
+  tokens: orchestrators
+  oidc:
+    - issuer: https://token.actions.githubusercontent.com
+      audience: countersign
+      orchestrators: [{match: {repository: acme/deploy}, orchestrator: ci, owners: ["user:ada"]}]
+first_ttl: 60s
+drain: 20s
+`
+
+const wholeRecord = `
+listen: {addr: 127.0.0.1:8788}
+trust_domain: example.com
+dir: ledger
+head_file: head
+keys_file: keys.db
+log_key: log.key
+privacy_key: privacy.key
+tokens: tokens
+certificates: [{name: broker-1, uri: spiffe://example.com/broker/1}]
+grace: 60s
+publish: 2s
+drain: 20s
+private: true
+`
+
+func write(t *testing.T, text string) string {
+	path := filepath.Join(t.TempDir(), "config.yaml")
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+func loadServe(t *testing.T, text string) error {
+	var c serveConfig
+	if err := loadConfig(write(t, text), &c); err != nil {
+		return err
+	}
+	return c.check()
+}
+
+func loadRecord(t *testing.T, text string) error {
+	var c recordConfig
+	if err := loadConfig(write(t, text), &c); err != nil {
+		return err
+	}
+	return c.check()
+}
+
+func TestAWholeConfigurationIsTaken(t *testing.T) {
+	if err := loadServe(t, wholeServe); err != nil {
+		t.Error(err)
+	}
+	if err := loadRecord(t, wholeRecord); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestAConfigurationThatShouldNotRunIsRefusedWithItsPlace(t *testing.T) {
+	for _, c := range []struct{ name, old, new, want string }{
+		{"an unknown key", "policy: policy.rego", "polcy: policy.rego", ":8:1: unknown field \"polcy\""},
+		{"an unknown key below another", "ca: ca.pem, log_key", "cacert: ca.pem, log_key", `unknown field "cacert"`},
+		{"a key twice", "drain: 20s", "drain: 20s\ndrain: 30s", ":20:1: "},
+		{"a duration without unit", "drain: 20s", "drain: 20x", "unknown unit"},
+		{"no writer", "writer: broker-1, ", "", "recorder.writer is not set"},
+		{"plain HTTP to the network", ", cert: tls.pem, key: tls.key", "", "insecure_listen"},
+		{"a certificate without its key", ", key: tls.key", "", "cert and key go together"},
+		{"a recorder in the clear", "https://recorder.example.com", "http://recorder.example.com", "recorder.url: http://recorder.example.com would carry tokens in the clear"},
+		{"a Vault in the clear", "https://vault.example.com", "http://vault.example.com", "vault.addr: "},
+		{"two logins to Vault", "namespace: n", "namespace: n, token_file: t", "either token_file or approle"},
+		{"two Redis", "embedded: true", "embedded: true, url_file: r", "either url_file"},
+		{"no Redis", "redis: {embedded: true}", "", "either url_file"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			text := strings.Replace(wholeServe, c.old, c.new, 1)
+			if text == wholeServe {
+				t.Fatalf("%q is not in the configuration", c.old)
+			}
+			err := loadServe(t, strings.TrimPrefix(text, "\n"))
+			if err == nil || !strings.Contains(err.Error(), c.want) {
+				t.Errorf("got %v, want %q", err, c.want)
+			}
+		})
+	}
+	if err := loadServe(t, strings.Replace(wholeServe, "0.0.0.0:8787, cert: tls.pem, key: tls.key", "0.0.0.0:8787, insecure_listen: true", 1)); err != nil {
+		t.Errorf("insecure_listen: %v", err)
+	}
+	if err := loadRecord(t, strings.Replace(wholeRecord, "uri: ", "url: ", 1)); err == nil {
+		t.Error("a misspelt key of a certificate was taken")
+	}
+}
+
+func TestOnlyAddressesOfThisMachineAreLoopback(t *testing.T) {
+	for addr, want := range map[string]bool{
+		"127.0.0.1:1": true, "127.9.9.9:1": true, "[::1]:1": true, "localhost:1": true,
+		":1": false, "0.0.0.0:1": false, "[::]:1": false, "10.0.0.1:1": false, "localhost.example.com:1": false, "127.0.0.1": false, "": false,
+	} {
+		if got := loopback(addr); got != want {
+			t.Errorf("loopback(%q) is %t", addr, got)
+		}
+	}
+}
+
+func FuzzConfig(f *testing.F) {
+	f.Add(wholeServe)
+	f.Add(wholeRecord)
+	f.Add("listen: {addr: [}")
+	f.Add("drain: 1s\ndrain: 2s")
+	f.Fuzz(func(t *testing.T, text string) {
+		path := write(t, text)
+		var s serveConfig
+		if loadConfig(path, &s) == nil {
+			_ = s.check()
+		}
+		var r recordConfig
+		if loadConfig(path, &r) == nil {
+			_ = r.check()
+		}
+	})
+}
