@@ -100,6 +100,7 @@ func Open(o Options) (*Store, error) {
 	opt.DialTimeout, opt.ReadTimeout, opt.WriteTimeout = s.timeout, s.timeout, s.timeout
 	opt.ContextTimeoutEnabled = true
 	opt.MaxRetries = 1
+	opt.DialerRetries = 1 // a Redis that is down is to be known as down at once
 	opt.DisableIdentity = true
 	opt.MaintNotificationsConfig = &maintnotifications.Config{Mode: maintnotifications.ModeDisabled}
 	s.c = redis.NewClient(opt)
