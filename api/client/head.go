@@ -41,6 +41,7 @@ type heads struct {
 
 	dirty  chan struct{} // last is not in the file yet
 	closed chan struct{}
+	once   sync.Once
 	wrote  chan struct{}
 }
 
@@ -246,9 +247,7 @@ func (h *heads) write() {
 }
 
 func (h *heads) close() {
-	if h.file != "" {
-		close(h.closed)
-	}
+	h.once.Do(func() { close(h.closed) })
 	<-h.wrote
 }
 

@@ -338,6 +338,10 @@ func (r *Recorder) follow(ctx context.Context, after *int64, fn func(*store.Appe
 	}
 	lines := bufio.NewReaderSize(resp.Body, 64<<10)
 	for {
+		// A contradiction that another call met ends this one too.
+		if _, err := r.heads.size(); err != nil {
+			return err
+		}
 		line, err := readLine(lines, maxAnswer)
 		if err != nil {
 			return err

@@ -45,14 +45,14 @@ func (s *Server) Routes(r chi.Router) {
 	r.Group(func(r chi.Router) {
 		r.Use(s.guard.Require(auth.Reviewer))
 		r.Get("/history", s.history)
-		r.Get("/tile/entries/*", s.tile)
+		r.Get("/tile/entries/*", s.bundle)
 	})
 	r.Group(func(r chi.Router) {
 		if !s.public {
 			r.Use(s.guard.Require(auth.Reviewer, auth.Writer))
 		}
 		r.Get("/checkpoint", s.checkpoint)
-		r.Get("/tile/{level}/*", s.tile)
+		r.Get("/tile/{level:[0-9]+}/*", s.hashes)
 	})
 }
 
@@ -152,11 +152,29 @@ func (s *Server) checkpoint(w http.ResponseWriter, r *http.Request) {
 	_, _ = w.Write([]byte(c))
 }
 
-// tile serves hash tiles and entry bundles up to the published size: what is
-// not under a published checkpoint is nobody's to rely on yet.
-func (s *Server) tile(w http.ResponseWriter, r *http.Request) {
-	t, err := torchwood.ParseTilePath(strings.TrimPrefix(r.URL.Path, "/"))
-	if err != nil {
+// bundle serves entries, hashes the hashes over them. What is public of the one
+// and not of the other hangs on this difference, so that each takes its own
+// paths alone: the parser knows "tile/data/" for entries too.
+func (s *Server) bundle(w http.ResponseWriter, r *http.Request) {
+	s.tile(w, r, func(t tlog.Tile) bool { return t.L == -1 })
+}
+
+func (s *Server) hashes(w http.ResponseWriter, r *http.Request) {
+	s.tile(w, r, func(t tlog.Tile) bool { return t.L >= 0 })
+}
+
+// parse reads a tile's path. Only its one canonical form is accepted.
+func parse(path string) (tlog.Tile, bool) {
+	path = strings.TrimPrefix(path, "/")
+	t, err := torchwood.ParseTilePath(path)
+	return t, err == nil && torchwood.TilePath(t) == path
+}
+
+// tile serves tiles up to the published size: what is not under a published
+// checkpoint is nobody's to rely on yet.
+func (s *Server) tile(w http.ResponseWriter, r *http.Request, mine func(tlog.Tile) bool) {
+	t, ok := parse(r.URL.Path)
+	if !ok || !mine(t) {
 		problem.Write(w, r, problem.NotFound("no tile has this path (C2SP tlog-tiles)"))
 		return
 	}
