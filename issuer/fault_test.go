@@ -189,6 +189,33 @@ func TestRevocationSaysWhenItDidNotHappen(t *testing.T) {
 	}
 }
 
+func TestALeaseThatItsTargetCannotEndIsNotCalledEnded(t *testing.T) {
+	b := newBench(t, benchOptions{postgres: true})
+	m := b.mint(ask{scope: "orders-db:read"})
+	admin, err := pgx.Connect(t.Context(), b.dsn)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer admin.Close(context.Background())
+	owner := func(role string) {
+		t.Helper()
+		if _, err := admin.Exec(t.Context(), `ALTER TABLE orders OWNER TO `+pgx.Identifier{role}.Sanitize()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	owner(m.Credential.Username) // a role that owns a table cannot be dropped
+	if err := b.iss.Revoke(t.Context(), m.Issued); !errors.Is(err, ErrVaultUnavailable) || Stage(err) != stageLease {
+		t.Fatal(err)
+	}
+	if live := b.live(); len(live) != 0 {
+		t.Errorf("the token is left: %q", live)
+	}
+	owner("postgres")
+	if err := b.iss.Revoke(t.Context(), m.Issued); err != nil || len(b.roles(t)) != 0 {
+		t.Errorf("%v, left %q", err, b.roles(t))
+	}
+}
+
 func TestASealedOrStoppedVaultIsUnavailable(t *testing.T) {
 	b := newBench(t, benchOptions{})
 	m := b.mint(ask{scope: "vault:demo-read"})

@@ -1,8 +1,14 @@
 package issuer
 
 import (
+	"encoding/pem"
 	"errors"
 	"fmt"
+	"io"
+	"log"
+	"net/http/httptest"
+	"net/http/httputil"
+	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
@@ -278,6 +284,30 @@ func TestAnIssuerThatCouldNotMintIsNotMade(t *testing.T) {
 		t.Error(err)
 	}
 	if _, err := i.Mint(t.Context(), b.warrant(ask{scope: "vault:demo-read"})); !errors.Is(err, ErrVaultRefused) {
+		t.Error(err)
+	}
+}
+
+func TestVaultIsReachedOverTLSByTheConfiguredCAAlone(t *testing.T) {
+	b := newBench(t, benchOptions{})
+	to, err := url.Parse(b.vlt.Addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	srv := httptest.NewTLSServer(httputil.NewSingleHostReverseProxy(to))
+	srv.Config.ErrorLog = log.New(io.Discard, "", 0)
+	defer srv.Close()
+	cfg := b.cfg
+	cfg.Addr = srv.URL
+	if _, err := New(t.Context(), cfg); !errors.Is(err, ErrVaultUnavailable) || !strings.Contains(err.Error(), "not trusted") {
+		t.Errorf("without the CA: %v", err)
+	}
+	cfg.CA = filepath.Join(t.TempDir(), "ca.pem")
+	if err := os.WriteFile(cfg.CA, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: srv.Certificate().Raw}), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	i := b.issuer(cfg)
+	if _, err := i.Mint(t.Context(), b.warrant(ask{scope: "vault:demo-read"})); err != nil {
 		t.Error(err)
 	}
 }

@@ -3,6 +3,7 @@ package issuer
 import (
 	"context"
 	"errors"
+	"fmt"
 
 	"github.com/countersign-dev/countersign/store"
 )
@@ -23,7 +24,12 @@ func (i *Issuer) Revoke(ctx context.Context, d store.IssuedDetails) error {
 	if d.LeaseID != "" {
 		// POST sys/leases/revoke
 		_, err := i.client.Logical().WriteWithContext(ctx, "sys/leases/revoke", map[string]any{"lease_id": d.LeaseID, "sync": true})
-		if err != nil && !said(err, "invalid lease", "lease not found") {
+		switch {
+		case said(err, "invalid lease", "lease not found"):
+		case said(err, "failed to revoke entry"):
+			// HTTP 400, though it is the target that failed. Vault keeps the lease.
+			errs = append(errs, &StageError{stageLease, fmt.Errorf("%w: it could not end the lease at its target; try again when the target answers", ErrVaultUnavailable)})
+		default:
 			errs = append(errs, i.failed(stageLease, err))
 		}
 	}
