@@ -124,7 +124,9 @@ func (t *Time) UnmarshalText(b []byte) error {
 		return fmt.Errorf("time %q is not of the form %s", b, timeLayout)
 	}
 	v, err := time.Parse(timeLayout, string(b))
-	if err != nil {
+	// Parse also takes a comma before the fraction (ISO 8601), which would sort
+	// elsewhere than it stands for.
+	if err != nil || v.Format(timeLayout) != string(b) {
 		return fmt.Errorf("time %q is not of the form %s", b, timeLayout)
 	}
 	t.Time = v
