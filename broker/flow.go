@@ -474,7 +474,7 @@ func (b *Broker) append(ctx context.Context, subs ...*store.Submission) (*store.
 	if err != nil {
 		return nil, unavailable(err)
 	}
-	b.index.apply(entries...)
+	b.index.acknowledged(entries...)
 	return app, nil
 }
 

@@ -39,8 +39,9 @@ type index struct {
 	steps     map[stepKey]map[string]bool // requests of a step
 	serials   map[string]string           // of a live identity token to its request
 	waiting   map[string]map[*waiter]bool
-	closed    []string // gone, to be dropped once the follower has passed them
-	cursor    int64    // all entries up to this index were applied
+	closed    []string       // gone, to be dropped once the follower has passed them
+	own       map[int64]bool // entries applied from acknowledgements, which the follower will bring again
+	cursor    int64          // all entries up to this index were applied
 	synced    bool
 	following bool
 	ready     chan struct{} // closed once synced
@@ -50,7 +51,7 @@ type stepKey struct{ orchestrator, run, step string }
 
 func newIndex() *index {
 	return &index{requests: map[string]*tracked{}, steps: map[stepKey]map[string]bool{},
-		serials: map[string]string{}, waiting: map[string]map[*waiter]bool{}, cursor: -1, ready: make(chan struct{})}
+		serials: map[string]string{}, own: map[int64]bool{}, waiting: map[string]map[*waiter]bool{}, cursor: -1, ready: make(chan struct{})}
 }
 
 // apply takes entries into the index, in the order of the log. Entries that
@@ -61,6 +62,33 @@ func (x *index) apply(entries ...placed) {
 	for _, p := range entries {
 		x.one(p.Entry, p.Index)
 	}
+}
+
+// acknowledged is apply for entries that this broker appended itself.
+func (x *index) acknowledged(entries ...placed) {
+	x.apply(entries...)
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	for _, p := range entries {
+		if p.Index > x.cursor && p.Type.Concerns() {
+			x.own[p.Index] = true
+		}
+	}
+}
+
+// news returns what of a is not known from an acknowledgement: there is no
+// need to read the rest a second time.
+func (x *index) news(a *store.Appended) *store.Appended {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	out := &store.Appended{Checkpoint: a.Checkpoint}
+	for _, p := range a.Entries {
+		if !x.own[p.Index] {
+			out.Entries = append(out.Entries, p)
+		}
+		delete(x.own, p.Index)
+	}
+	return out
 }
 
 // placed is an entry and where it stands in the log.
@@ -210,6 +238,11 @@ func (x *index) merge(open []placed, size int64, now time.Time) {
 		}
 	}
 	x.cursor = max(x.cursor, size-1)
+	for at := range x.own {
+		if at <= x.cursor {
+			delete(x.own, at)
+		}
+	}
 	x.drop()
 	x.following = true
 	if !x.synced {

@@ -156,13 +156,13 @@ func (b *Broker) followOnce() error {
 		b.announced.Store(true)
 	}
 	return b.Recorder.Follow(b.ctx, size-1, func(a *store.Appended) error {
-		entries, err := parse(a)
+		entries, err := parse(b.index.news(a))
 		if err != nil {
 			return err
 		}
 		b.index.apply(entries...)
-		if n := len(entries); n > 0 {
-			b.index.passed(entries[n-1].Index)
+		if n := len(a.Entries); n > 0 {
+			b.index.passed(a.Entries[n-1].Index)
 		}
 		return nil
 	})
