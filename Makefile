@@ -41,8 +41,9 @@ test-slow: check servers vault
 	done
 
 ## bench: what docs/benchmarks.md reports, measured side by side in one run
-bench: servers vault
-	$(GO) run ./cmd/bench
+bench: servers vault build
+	$(GO) build -C cmd/bench -o ../../bin/bench .
+	$(GO) run ./cmd/demo -postgres sh -c 'exec bin/bench -postgres "$$POSTGRES_DSN"'
 
 ## lint: gofmt, go vet, staticcheck, govulncheck
 lint: check

@@ -4,6 +4,11 @@
 // not as told.
 //
 //	go run ./cmd/demo PATH-OF-COUNTERSIGN
+//
+// With -postgres it tells nothing, and runs a command with that PostgreSQL
+// instead, whose DSN is in the environment as POSTGRES_DSN:
+//
+//	go run ./cmd/demo -postgres COMMAND...
 package main
 
 import (
@@ -11,6 +16,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"os/signal"
 	"path/filepath"
 	"strings"
@@ -22,24 +28,26 @@ import (
 )
 
 func main() {
-	if len(os.Args) != 2 {
-		fmt.Fprintln(os.Stderr, "usage: demo PATH-OF-COUNTERSIGN")
-		os.Exit(2)
-	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
-	if err := run(ctx, os.Args[1]); err != nil {
-		stop()
+	var err error
+	switch args := os.Args[1:]; {
+	case len(args) > 1 && args[0] == "-postgres":
+		err = inScratch(func(dir string) error { return withPostgres(ctx, dir, args[1:]) })
+	case len(args) == 1:
+		err = inScratch(func(dir string) error { return run(ctx, dir, args[0]) })
+	default:
+		fmt.Fprintln(os.Stderr, "usage: demo PATH-OF-COUNTERSIGN | demo -postgres COMMAND...")
+		os.Exit(2)
+	}
+	if err != nil {
 		fmt.Fprintln(os.Stderr, "demo:", err)
 		os.Exit(1)
 	}
 }
 
-func run(ctx context.Context, binary string) error {
-	binary, err := filepath.Abs(binary)
-	if err != nil {
-		return err
-	}
+// inScratch calls fn with a directory that is gone afterwards.
+func inScratch(fn func(dir string) error) error {
 	dir, err := os.MkdirTemp("", "countersign-demo-")
 	if err != nil {
 		return err
@@ -49,7 +57,29 @@ func run(ctx context.Context, binary string) error {
 	if err := os.Chmod(dir, 0o755); err != nil {
 		return err
 	}
+	return fn(dir)
+}
 
+// withPostgres runs a command with a PostgreSQL of its own.
+func withPostgres(ctx context.Context, dir string, args []string) error {
+	pg, err := startPostgres(ctx, filepath.Join(dir, "pg"))
+	if err != nil {
+		return err
+	}
+	defer pg.stop()
+	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+	cmd.Env = append(os.Environ(), "POSTGRES_DSN="+pg.dsn)
+	// The command is asked to end, and what it started ends with it.
+	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGINT) }
+	return cmd.Run()
+}
+
+func run(ctx context.Context, dir, binary string) error {
+	binary, err := filepath.Abs(binary)
+	if err != nil {
+		return err
+	}
 	chapter("A PostgreSQL, a Vault, and countersign dev")
 	pg, err := startPostgres(ctx, filepath.Join(dir, "pg"))
 	if err != nil {
