@@ -158,6 +158,32 @@ func (b *broken) Read(p []byte) (int, error) {
 	return copy(p, `{"run":"r",`), nil
 }
 
+func TestASubjectIsProvedByItsTokenAlone(t *testing.T) {
+	w := newWorld(t)
+	proved := func() bool {
+		var p bool
+		for s, err := range w.ledger.Entries(t.Context(), 0, w.ledger.Size()) {
+			ok(t, err)
+			e, err := store.ParseLeaf(s.Leaf)
+			ok(t, err)
+			if e.Type == store.StepRequested {
+				p = e.Subject != nil && e.Subject.Proved
+			}
+		}
+		return p
+	}
+	w.call("demo", "POST", "/steps/s1/credential", `{"run":"r","scope":"identity:step","subject":"user:u-9"}`).want(t, 201, "")
+	if proved() {
+		t.Fatal("a claim counts as proof")
+	}
+	w.call("demo", "POST", "/steps/s1/credential", `{"run":"r","scope":"identity:step","subject_token":"a.good.token"}`).want(t, 201, "")
+	if !proved() {
+		t.Fatal("a proof does not count")
+	}
+	w.call("demo", "POST", "/steps/s1/credential", `{"run":"r","scope":"identity:step","subject":"user:u-1","subject_token":"a.good.token"}`).want(t, 422, "params-invalid")
+	w.call("demo", "POST", "/steps/s1/credential", `{"run":"r","scope":"identity:step","subject_token":"a.bad.token"}`).want(t, 422, "params-invalid")
+}
+
 func TestADeniedScopeSaysWhyAndIsOnRecord(t *testing.T) {
 	w := newWorld(t)
 	a := w.call("demo", "POST", "/steps/s1/credential", `{"run":"run-1","scope":"vault:demo-write","reason":"OPS-1"}`).want(t, 403, "scope-denied")

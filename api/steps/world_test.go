@@ -156,7 +156,13 @@ func newWorld(t testing.TB) *world {
 	refusals := auth.NewRefusals(trustDomain, log, w.broker.Record)
 	t.Cleanup(refusals.Close)
 	guard := &auth.Guard{Tokens: tokens, Refusals: refusals}
-	srv := httptest.NewServer(steps.New(steps.Config{Broker: w.broker, Identity: identity, Guard: guard, Log: log}))
+	srv := httptest.NewServer(steps.New(steps.Config{Broker: w.broker, Identity: identity, Guard: guard, Log: log,
+		Subject: func(_ context.Context, token string) (string, error) {
+			if token != "a.good.token" {
+				return "", auth.ErrUnauthenticated
+			}
+			return "user:u-9", nil
+		}}))
 	t.Cleanup(srv.Close)
 	w.url = srv.URL
 
