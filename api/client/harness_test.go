@@ -6,6 +6,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"path/filepath"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -36,6 +37,12 @@ type recorder struct {
 	ledger  *ledger.Ledger
 	record  *record.Server
 	handler chi.Router
+	current atomic.Pointer[http.Handler] // handler, for clients that outlive a restart
+}
+
+// ServeHTTP answers as the recorder that runs at the moment.
+func (r *recorder) ServeHTTP(w http.ResponseWriter, q *http.Request) {
+	(*r.current.Load()).ServeHTTP(w, q)
 }
 
 func newRecorder(t testing.TB) *recorder {
@@ -81,11 +88,13 @@ func (r *recorder) start(t testing.TB, dir string) {
 	r.handler = server.NewRouter(zap.NewNop(), record.MaxBody)
 	r.record.Routes(r.handler)
 	review.New(l, r.guard, true).Routes(r.handler)
+	h := http.Handler(r.handler)
+	r.current.Store(&h)
 }
 
 // serve puts the recorder behind a real listener.
 func (r *recorder) serve(t testing.TB) string {
-	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, q *http.Request) { r.handler.ServeHTTP(w, q) }))
+	srv := httptest.NewServer(r)
 	t.Cleanup(srv.Close)
 	t.Cleanup(func() { r.record.Drain() })
 	return srv.URL
@@ -96,7 +105,7 @@ func (r *recorder) writer(t testing.TB, c client.RecorderConfig) *client.Recorde
 	if c.URL == "" {
 		c.URL = "http://recorder.internal"
 		if c.Transport == nil {
-			c.Transport = client.HandlerTransport(http.HandlerFunc(func(w http.ResponseWriter, q *http.Request) { r.handler.ServeHTTP(w, q) }))
+			c.Transport = client.HandlerTransport(r)
 		}
 	}
 	c.Token, c.Log = client.Token(r.tokens[auth.Writer]), r.log

@@ -237,7 +237,7 @@ func (h *heads) write() {
 	note := h.note
 	h.mu.Unlock()
 	if err := replace(h.file, []byte(note)); err != nil {
-		// Fails open on purpose: what is in memory still guards this process.
+		// Not fatal: what is in memory guards this process, and the write is tried again.
 		h.zap.Error("head file not written", zap.String("file", h.file), zap.Error(err))
 		select {
 		case h.dirty <- struct{}{}:
