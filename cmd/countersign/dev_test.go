@@ -17,6 +17,7 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 
 	"github.com/countersign-dev/countersign/issuer/vaultdev"
+	"github.com/countersign-dev/countersign/issuer/vaulttest"
 )
 
 // running is a `countersign dev` under test.
@@ -185,6 +186,32 @@ func TestAVaultThatDevStartedDiesWithIt(t *testing.T) {
 	for _, addr := range []string{stopped.Vault.Addr, stopped.API, stopped.Recorder, stopped.Gateway.HTTP, stopped.Gateway.Postgres, stopped.Gateway.MCP} {
 		if !refused(addr) {
 			t.Errorf("%s still answers after dev has ended", addr)
+		}
+	}
+}
+
+func TestDevUsesAVaultThatIsNamed(t *testing.T) {
+	vault := vaulttest.Vault(t)
+	r := startDev(t, t.TempDir(), "--vault", vault.Addr, "--vault-token", vault.RootToken)
+	if r.Vault.Addr != vault.Addr {
+		t.Errorf("the ready file names %s, want %s", r.Vault.Addr, vault.Addr)
+	}
+	if status, body := r.ask("vault:demo-read", "s1"); status != 201 || !strings.Contains(body, vault.Addr) {
+		t.Errorf("vault:demo-read: %d %s", status, body)
+	}
+	if code := r.interrupt(); code != 0 {
+		t.Errorf("exit status %d after SIGINT: %s", code, r.stderr)
+	}
+	if refused(vault.Addr) {
+		t.Error("dev stopped a Vault that it did not start")
+	}
+
+	// One that the environment points at is not touched.
+	for _, args := range [][]string{{"--vault", vault.Addr}, {"--vault", "127.0.0.1:1"}, {"--addr", "0.0.0.0:0"}} {
+		cmd := exec.Command("countersign", append([]string{"dev", "--dir", t.TempDir(), "--addr", "127.0.0.1:0"}, args...)...)
+		cmd.Env = append(os.Environ(), "VAULT_ADDR="+vault.Addr, "VAULT_TOKEN="+vault.RootToken)
+		if out, err := cmd.CombinedOutput(); err == nil {
+			t.Errorf("dev %v started: %s", args, out)
 		}
 	}
 }
