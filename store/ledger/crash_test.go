@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"flag"
 	"fmt"
 	"os"
 	"os/exec"
@@ -35,6 +36,10 @@ func readFile(t testing.TB, path string) []byte {
 func TestMain(m *testing.M) {
 	if dir := os.Getenv("COUNTERSIGN_TEST_APPEND"); dir != "" {
 		appendForever(dir)
+	}
+	flag.Parse()
+	if f := flag.Lookup("rapid.checks"); f.Value.String() == f.DefValue {
+		f.Value.Set("20") // each check writes a ledger to disk
 	}
 	os.Exit(m.Run())
 }
