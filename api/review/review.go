@@ -24,8 +24,11 @@ import (
 	"github.com/countersign-dev/countersign/store/ledger"
 )
 
-// MaxLimit is how many entries one page of history has, and has by default.
-const MaxLimit = 1000
+// How many entries one page of history has by default, and at most.
+const (
+	DefaultLimit = 1000
+	MaxLimit     = 10_000
+)
 
 // Server answers reviewers from one ledger.
 type Server struct {
@@ -87,7 +90,7 @@ func (s *Server) history(w http.ResponseWriter, r *http.Request) {
 // query reads the filters. An unknown or repeated one is refused: a misspelt
 // filter would show a reviewer something other than what they asked for.
 func query(v map[string][]string) (*ledger.Query, error) {
-	q := &ledger.Query{Limit: MaxLimit}
+	q := &ledger.Query{Limit: DefaultLimit}
 	ids := map[string]*string{"run": &q.Run, "step": &q.Step, "orchestrator": &q.Orchestrator, "request": &q.Request}
 	texts := map[string]*string{"scope": &q.Scope, "target": &q.Target, "person": &q.Person, "cursor": &q.Cursor}
 	times := map[string]*time.Time{"from": &q.From, "to": &q.To}
@@ -96,6 +99,9 @@ func query(v map[string][]string) (*ledger.Query, error) {
 			return nil, problem.Malformed(fmt.Sprintf("filter %.50q is given %d times", name, len(values)))
 		}
 		value := values[0]
+		if value == "" && (ids[name] != nil || texts[name] != nil || times[name] != nil || name == "type" || name == "outcome" || name == "limit") {
+			continue // as a form sends what was not filled in
+		}
 		bad := func(want string) error {
 			return problem.Malformed(fmt.Sprintf("filter %s: want %s", name, want))
 		}
@@ -106,8 +112,8 @@ func query(v map[string][]string) (*ledger.Query, error) {
 			}
 			*ids[name] = value
 		case texts[name] != nil:
-			if value == "" || len(value) > 1024 || strings.ContainsRune(value, 0) {
-				return nil, bad("1 to 1024 characters")
+			if len(value) > 1024 || strings.ContainsRune(value, 0) {
+				return nil, bad("at most 1024 characters")
 			}
 			*texts[name] = value
 		case times[name] != nil:
@@ -130,10 +136,10 @@ func query(v map[string][]string) (*ledger.Query, error) {
 			q.Outcome = value
 		case name == "limit":
 			n, err := strconv.Atoi(value)
-			if err != nil || n < 1 || n > MaxLimit {
-				return nil, bad(fmt.Sprintf("a number from 1 to %d", MaxLimit))
+			if err != nil || n < 1 {
+				return nil, bad("a number from 1 on")
 			}
-			q.Limit = n
+			q.Limit = min(n, MaxLimit) // next leads on
 		default:
 			return nil, problem.Malformed(fmt.Sprintf("there is no filter %.50q", name))
 		}
