@@ -47,6 +47,8 @@ bench: servers vault build
 
 ## lint: gofmt, go vet, staticcheck, govulncheck
 lint: check
+	$(GO) vet -C cmd/devvault .
+	$(GO) vet -C cmd/bench .
 	$(GO) run $(STATICCHECK) ./...
 	@out=$$($(GO) run $(GOVULNCHECK) ./... 2>&1) && echo "$$out" || { \
 		if echo "$$out" | grep -qE 'fetching vulnerabilities|vuln\.go\.dev.*(dial|lookup|Forbidden|Not Found|timeout|refused|EOF)'; then \
