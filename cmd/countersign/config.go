@@ -105,6 +105,11 @@ func loadConfig(path string, c any) error {
 	if err != nil {
 		return err
 	}
+	return parseConfig(path, b, c)
+}
+
+// parseConfig is loadConfig of bytes that were read from path.
+func parseConfig(path string, b []byte, c any) error {
 	if err := yaml.NewDecoder(bytes.NewReader(b), yaml.Strict()).Decode(c); err != nil {
 		var at yaml.Error
 		if errors.As(err, &at) && at.GetToken() != nil {
