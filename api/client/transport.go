@@ -13,13 +13,16 @@ import (
 
 // HandlerTransport returns a transport that calls h in this process, without a
 // socket: how dev joins broker and recorder. The whole protocol is spoken, and
-// answers stream: a flush makes what was written so far readable.
+// answers stream: a flush makes what was written so far readable. As behind a
+// socket, h sees when its caller goes, and nothing else of the caller's
+// context: not the route, nor the principal, of the call that this one is part
+// of.
 func HandlerTransport(h http.Handler) http.RoundTripper { return handlerTransport{h} }
 
 type handlerTransport struct{ h http.Handler }
 
 func (t handlerTransport) RoundTrip(r *http.Request) (*http.Response, error) {
-	ctx, cancel := context.WithCancel(r.Context())
+	ctx, cancel := context.WithCancel(valueless{r.Context()})
 	in := r.Clone(ctx)
 	in.RequestURI = in.URL.RequestURI()
 	in.RemoteAddr = "127.0.0.1:0"
@@ -71,6 +74,12 @@ func (t handlerTransport) RoundTrip(r *http.Request) (*http.Response, error) {
 	}
 	return resp, nil
 }
+
+// valueless is a context that ends with its parent and holds nothing.
+type valueless struct{ context.Context }
+
+// Value implements context.Context.
+func (valueless) Value(any) any { return nil }
 
 // maxUnread is how many bytes of a streamed answer wait for their reader
 // before the handler does.

@@ -7,9 +7,12 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"net/http/httptest"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/go-chi/chi/v5"
 
 	"github.com/countersign-dev/countersign/api/client"
 	"github.com/countersign-dev/countersign/api/problem"
@@ -81,6 +84,34 @@ func TestInProcessAPanicAndADeadlineAreErrors(t *testing.T) {
 	_, err := inProcess(func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() }).Do(q)
 	if err == nil || !errors.Is(err, context.DeadlineExceeded) {
 		t.Error(err)
+	}
+}
+
+func TestInProcessTheHandlerSeesNothingOfItsCallersContextButItsEnd(t *testing.T) {
+	type key struct{}
+	inner := chi.NewRouter()
+	inner.Get("/inner/{id}", func(w http.ResponseWriter, r *http.Request) {
+		deadline, ok := r.Context().Deadline()
+		fmt.Fprint(w, r.Context().Value(key{}), " ", chi.URLParam(r, "step"), " ", chi.URLParam(r, "id"), " ", ok && time.Until(deadline) > 30*time.Minute)
+	})
+	c := &http.Client{Transport: client.HandlerTransport(inner)}
+	outer := chi.NewRouter()
+	outer.Get("/outer/{step}", func(w http.ResponseWriter, r *http.Request) {
+		ctx, cancel := context.WithTimeout(context.WithValue(r.Context(), key{}, "the caller's"), time.Hour)
+		defer cancel()
+		q, _ := http.NewRequestWithContext(ctx, "GET", "http://x/inner/7", nil)
+		resp, err := c.Do(q)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		defer resp.Body.Close()
+		io.Copy(w, resp.Body)
+	})
+	w := httptest.NewRecorder()
+	outer.ServeHTTP(w, httptest.NewRequest("GET", "/outer/s1", nil))
+	if w.Body.String() != "<nil>  7 true" {
+		t.Errorf("the inner handler saw %q", w.Body)
 	}
 }
 

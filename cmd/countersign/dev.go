@@ -373,7 +373,7 @@ func openDevVault(ctx context.Context, f devFlags, set *scopes.InForce, log *zap
 // the same proofs and the same checks as between two hosts, and no network.
 func openDevBroker(ctx context.Context, f *devFiles, p *people, api, writer string, v devVault, set *scopes.InForce, log *zap.Logger) (*machines, error) {
 	recorder, err := client.NewRecorder(client.RecorderConfig{
-		Config: client.Config{URL: "http://recorder", Token: client.Token(writer), Transport: client.HandlerTransport(outside(p.handler))},
+		Config: client.Config{URL: "http://recorder", Token: client.Token(writer), Transport: client.HandlerTransport(p.handler)},
 		Log:    f.logKey, HeadFile: filepath.Join(f.dir, "broker-head"), Writer: devWriter, Logger: log.Named("recorder-client"),
 	})
 	if err != nil {
@@ -388,20 +388,6 @@ func openDevBroker(ctx context.Context, f *devFiles, p *people, api, writer stri
 	}
 	return openMachines(ctx, o)
 }
-
-// outside serves h without what the caller's context holds: the route and the
-// principal of the orchestrator's call that this append is part of are not the
-// recorder's to see. A socket between the two would keep them out as well.
-func outside(h http.Handler) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		h.ServeHTTP(w, r.WithContext(valueless{r.Context()}))
-	})
-}
-
-// valueless is a context that ends with its parent and holds nothing.
-type valueless struct{ context.Context }
-
-func (valueless) Value(any) any { return nil }
 
 // untilReady returns when broker and recorder both answer.
 func untilReady(ctx context.Context, urls ...string) error {
