@@ -129,18 +129,14 @@ func (b *Broker) requested(p *plan, outcome store.Outcome, reasons []string) *st
 
 // deny puts a refusal on record, and returns it.
 func (b *Broker) deny(ctx context.Context, p *plan) error {
-	reasons := p.verdict.Reasons
-	if p.verdict.Outcome == store.NeedsApproval {
-		reasons = append([]string{"needs approval"}, reasons...)
-	}
-	s := b.requested(p, store.Deny, reasons)
+	s := b.requested(p, store.Deny, p.verdict.Reasons)
 	// A crash after this append leaves a denial that nobody was told; the next
 	// call is decided anew.
 	if _, err := b.append(ctx, s); err != nil {
 		return err
 	}
 	b.note(inflight.Request{ID: s.Request, Orchestrator: s.Orchestrator, Run: s.Run, Step: s.Step, Scope: s.Action, Status: string(store.StatusDenied)})
-	return &Denied{Request: s.Request, Reasons: reasons}
+	return &Denied{Request: s.Request, Reasons: p.verdict.Reasons}
 }
 
 // open puts request and intent on record in one append, and mints. Where

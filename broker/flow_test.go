@@ -78,11 +78,12 @@ func TestADenialIsOnRecordAndNothingIsMinted(t *testing.T) {
 	b := w.start("broker-1")
 	_, err := b.Request(t.Context(), demoCaller, ask(run1(), func(a *broker.Ask) { a.Scope, a.Reason = "vault:demo-write", "because" }))
 	var denied *broker.Denied
-	if !errors.As(err, &denied) || !slices.Contains(denied.Reasons, "needs approval") {
+	why := []string{"needs approval"}
+	if !errors.As(err, &denied) || !slices.Equal(denied.Reasons, why) {
 		t.Fatalf("error %v", err)
 	}
 	w.wantTypes("step.requested")
-	if e := w.last(store.StepRequested); e.Decision.Outcome != store.Deny || e.Request != denied.Request {
+	if e := w.last(store.StepRequested); e.Decision.Outcome != store.Deny || e.Request != denied.Request || !slices.Equal(e.Decision.Reasons, why) {
 		t.Fatalf("on record: %+v", e)
 	}
 	v, err := b.Get(t.Context(), demoCaller, denied.Request)

@@ -84,7 +84,7 @@ func (s *Set) Decide(ctx context.Context, ask Ask) (*Verdict, error) {
 		return v, nil
 	case len(said.approval) > 0:
 		v.Outcome = store.NeedsApproval
-		v.Reasons = append(v.Reasons, said.approval...)
+		v.Reasons = append([]string{reasonApproval}, said.approval...)
 	}
 	shortest := ttl
 	for _, x := range said.shorten {

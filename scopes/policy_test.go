@@ -65,7 +65,7 @@ shorten contains {"ttl": "1h", "reason": "no effect"} if input.run == "short-2"
 		{"run-1", "vault:demo-read", store.Allow, []string{}, 5 * time.Minute},
 		{"weekend", "vault:demo-read", store.Deny, []string{"and no nights", "no weekends"}, 5 * time.Minute},
 		{"weekend", "vault:demo-admin", store.Deny, []string{"and no nights", "no weekends"}, 5 * time.Minute},
-		{"alone", "vault:demo-read", store.NeedsApproval, []string{"nobody stands behind it"}, 5 * time.Minute},
+		{"alone", "vault:demo-read", store.NeedsApproval, []string{"needs approval", "nobody stands behind it"}, 5 * time.Minute},
 		{"alone", "vault:demo-admin", store.NeedsApproval, []string{"needs approval", "nobody stands behind it"}, 5 * time.Minute},
 		{"short-1", "vault:demo-read", store.Allow, []string{"a new run"}, 2 * time.Minute},
 		{"short-2", "vault:demo-read", store.Allow, []string{"a very new run", "a new run"}, time.Minute},
