@@ -51,6 +51,8 @@ type recordConfig struct {
 	Certs       auth.Certs    `yaml:"certificates"` // client certificates of writers
 	Grace       time.Duration `yaml:"grace"`        // age at which another writer's open intent may be closed
 	Publish     time.Duration `yaml:"publish"`      // between published checkpoints
+	CheckNewest int64         `yaml:"check_newest"` // how many of the newest entries are hashed again before it starts
+	Recheck     time.Duration `yaml:"recheck"`      // pause between background passes over the whole log
 	Drain       time.Duration `yaml:"drain"`
 }
 
@@ -154,6 +156,9 @@ func (c *serveConfig) check() error {
 func (c *recordConfig) check() error {
 	if err := errors.Join(c.Listen.check(), c.Certs.Check()); err != nil {
 		return err
+	}
+	if c.CheckNewest < 0 || c.Recheck < 0 {
+		return errors.New("check_newest and recheck are not negative: no recorder runs without its checks")
 	}
 	return due([][2]string{{"dir", c.Dir}, {"log_key", c.LogKey}, {"privacy_key", c.PrivacyKey}, {"tokens", c.Tokens}})
 }

@@ -42,6 +42,8 @@ tokens: tokens
 certificates: [{name: broker-1, uri: spiffe://example.com/broker/1}]
 grace: 60s
 publish: 2s
+check_newest: 10000
+recheck: 1h
 drain: 20s
 private: true
 `
@@ -107,6 +109,12 @@ func TestAConfigurationThatShouldNotRunIsRefusedWithItsPlace(t *testing.T) {
 	}
 	if err := loadServe(t, strings.Replace(wholeServe, "0.0.0.0:8787, cert: tls.pem, key: tls.key", "0.0.0.0:8787, insecure_listen: true", 1)); err != nil {
 		t.Errorf("insecure_listen: %v", err)
+	}
+	for _, off := range []string{"check_newest: -1", "recheck: -1s"} {
+		key, _, _ := strings.Cut(off, " ")
+		if err := loadRecord(t, strings.Replace(wholeRecord, key, off+" #", 1)); err == nil || !strings.Contains(err.Error(), "without its checks") {
+			t.Errorf("%s: %v", off, err)
+		}
 	}
 	if err := loadRecord(t, strings.Replace(wholeRecord, "uri: ", "url: ", 1)); err == nil {
 		t.Error("a misspelt key of a certificate was taken")

@@ -81,6 +81,7 @@ func (c *recordConfig) options(log *zap.Logger) (*peopleOptions, error) {
 	o := &peopleOptions{trustDomain: c.TrustDomain, certs: c.Certs, log: log, public: !c.Private}
 	o.ledger = ledger.Options{
 		Dir: c.Dir, HeadFile: c.HeadFile, KeysFile: c.KeysFile, Grace: c.Grace, PublishEvery: c.Publish,
+		CheckNewest: c.CheckNewest, RecheckEvery: c.Recheck,
 		Log: log.Named("ledger"),
 	}
 	var err error

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -11,6 +12,7 @@ import (
 
 	"github.com/countersign-dev/countersign/store"
 	"github.com/countersign-dev/countersign/store/evidence"
+	"github.com/countersign-dev/countersign/store/ledger"
 )
 
 // The exit codes of verify, by the outer contract.
@@ -22,12 +24,16 @@ const (
 func verifyCommand() *cobra.Command {
 	var key, since, token, saveTo, output string
 	cmd := &cobra.Command{
-		Use:   "verify RECORDER-URL --key VERIFIER-KEY",
+		Use:   "verify RECORDER-URL|LEDGER --key VERIFIER-KEY",
 		Short: "Check a recorder's whole log from outside",
 		Long: `Check a recorder's whole log from outside: the signature on its head, every
 entry and every stored hash against the tree, and that it continues an
 earlier checkpoint. With a reviewer's token the entries themselves are read
 and checked for order too; without one the tree is checked from its hashes.
+
+LEDGER is a ledger's directory or its database file, or a copy of either: for
+when the recorder refuses to run, or is not to be asked. It is read and never
+written, also while a recorder has it open.
 
 The key is the log's verifier key or a file that holds it, from a place other
 than the recorder itself: a log does not vouch for itself.
@@ -35,16 +41,17 @@ than the recorder itself: a log does not vouch for itself.
 Exit status: 0 verified; 1 a problem, each named with its entry; 2 could not
 be checked.`,
 		Example: `  countersign verify https://recorder.example.com --key log.pub --save head.txt
-  countersign verify https://recorder.example.com --key log.pub --since head.txt`,
+  countersign verify https://recorder.example.com --key log.pub --since head.txt
+  countersign verify /var/lib/countersign --key log.pub --since head.txt`,
 		Args: cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			unchecked := func(err error) error { return &exitError{exitUnchecked, err} }
-			url := orEnv("", "COUNTERSIGN_RECORDER")
+			from := orEnv("", "COUNTERSIGN_RECORDER")
 			if len(args) == 1 {
-				url = args[0]
+				from = args[0]
 			}
-			if url == "" {
-				return unchecked(errors.New("no recorder named: give its URL, or set COUNTERSIGN_RECORDER"))
+			if from == "" {
+				return unchecked(errors.New("no log named: give the recorder's URL or the ledger's directory, or set COUNTERSIGN_RECORDER"))
 			}
 			if key == "" {
 				return unchecked(errors.New("no key given, and a log does not vouch for itself: add --key with the log's verifier key"))
@@ -73,11 +80,10 @@ be checked.`,
 					}
 				}
 			}
-			src, err := evidence.NewRecorder(url, orEnv(token, "COUNTERSIGN_TOKEN"))
-			if err != nil {
-				return unchecked(err)
+			report, err := verifyLog(cmd.Context(), from, orEnv(token, "COUNTERSIGN_TOKEN"), o)
+			if errors.Is(err, ledger.ErrMismatch) { // a database file that is none any more
+				return &exitError{exitProblem, err}
 			}
-			report, err := evidence.Verify(cmd.Context(), src, o)
 			if err != nil {
 				return unchecked(err)
 			}
@@ -104,6 +110,24 @@ be checked.`,
 	cmd.Flags().StringVar(&token, "token", "", "a reviewer's token ($COUNTERSIGN_TOKEN)")
 	outputFlag(cmd, &output, "text", "text", "json")
 	return cmd
+}
+
+// verifyLog verifies the log at from: a recorder's URL, or the place of a
+// ledger's database.
+func verifyLog(ctx context.Context, from, token string, o evidence.Options) (*evidence.Report, error) {
+	if !strings.Contains(from, "://") {
+		db, err := evidence.OpenDatabase(from)
+		if err != nil {
+			return nil, err
+		}
+		defer db.Close()
+		return evidence.Verify(ctx, db, o)
+	}
+	src, err := evidence.NewRecorder(from, token)
+	if err != nil {
+		return nil, err
+	}
+	return evidence.Verify(ctx, src, o)
 }
 
 // readVerifierKey takes the key itself or a file that holds it.

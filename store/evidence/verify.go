@@ -115,7 +115,7 @@ func Verify(ctx context.Context, src Source, o Options) (*Report, error) {
 	r := &Report{Origin: o.Log.Origin(), Findings: []Finding{}}
 	signed, err := src.Checkpoint(ctx)
 	if err != nil {
-		return nil, fmt.Errorf("%w: checkpoint: %v", ErrUnchecked, err)
+		return nil, fmt.Errorf("%w: checkpoint: %w", ErrUnchecked, err)
 	}
 	r.Checkpoint = signed
 	head, err := o.Log.Checkpoint(signed)
