@@ -207,7 +207,7 @@ func openMachines(ctx context.Context, o *machinesOptions) (m *machines, err err
 	}
 	m.broker, err = broker.New(broker.Config{
 		Writer: o.writer, TrustDomain: o.trustDomain, Recorder: o.recorder, Issuer: m.issuer, Scopes: o.scopes,
-		Inflight: m.inflight, PrivacyKey: o.privacyKey, Grace: o.firstTTL, Log: o.log.Named("broker"),
+		Inflight: m.inflight, Identity: m.identity, PrivacyKey: o.privacyKey, Grace: o.firstTTL, Log: o.log.Named("broker"),
 	})
 	if err != nil {
 		return nil, err

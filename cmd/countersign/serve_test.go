@@ -281,3 +281,75 @@ func TestTwoProcessesIssueReloadAndEnd(t *testing.T) {
 		}
 	}
 }
+
+func TestABrokerRefusesARecorderWhoseLogWasPutBack(t *testing.T) {
+	p := newPair(t)
+	ask := func(step string) (int, string) {
+		t.Helper()
+		return p.call(p.caller, "POST", p.url+"/steps/"+step+"/credential", `{"run":"r1","scope":"identity:step"}`)
+	}
+	stop := func(cmd *exec.Cmd, done <-chan struct{}) {
+		t.Helper()
+		if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
+			t.Fatal(err)
+		}
+		<-done
+	}
+	copyTo := func(from, to string) {
+		t.Helper()
+		if err := os.RemoveAll(p.file(to)); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.CopyFS(p.file(to), os.DirFS(p.file(from))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	restart := func() {
+		t.Helper()
+		p.recorder, p.recorded = p.start(p.recorderURL, "record", "--config", p.file("record.yaml"))
+	}
+	if status, body := ask("s1"); status != 201 {
+		t.Fatalf("%d %s", status, body)
+	}
+	stop(p.recorder, p.recorded)
+	copyTo("ledger", "older")
+	restart()
+	eventually(t, "the broker goes on with the same log", func() bool {
+		status, _ := ask("s2")
+		return status == 201
+	})
+	stop(p.recorder, p.recorded)
+	// Database and head file: to itself, the recorder is in order.
+	copyTo("older", "ledger")
+	restart()
+	refused := func(when string, times int) {
+		t.Helper()
+		for n := range times { // the log that was put back would grow past what was seen
+			if status, body := ask(fmt.Sprintf("s-%s-%d", when, n)); status != 503 || !strings.Contains(body, "problems/ledger-unavailable") {
+				t.Fatalf("%s: %d %s", when, status, body)
+			}
+		}
+		if n := p.history("credential.issued"); n != 1 {
+			t.Fatalf("%s: %d credentials on record, want the 1 of the older log", when, n)
+		}
+	}
+	refused("running", 8)
+	// A broker that is started again has not forgotten.
+	stop(p.broker, p.served)
+	cmd := countersign(t, "serve", "--config", p.file("serve.yaml"))
+	cmd.Stderr = io.Discard
+	done, err := vaultdev.Run(cmd)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = cmd.Process.Kill(); <-done })
+	eventually(t, "the broker listens again", func() bool {
+		res, err := p.http.Get(p.url + "/healthz")
+		if err != nil {
+			return false
+		}
+		res.Body.Close()
+		return res.StatusCode == 200
+	})
+	refused("restarted", 2)
+}
