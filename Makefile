@@ -11,6 +11,11 @@ GO ?= go
 STATICCHECK ?= honnef.co/go/tools/cmd/staticcheck@v0.8.2
 GOVULNCHECK ?= golang.org/x/vuln/cmd/govulncheck@v1.9.0
 
+# How many random histories the tests of properties try in test-slow, for 100
+# in test; and which packages have such tests, since others refuse the flag.
+RAPID_CHECKS ?= 2000
+USES_RAPID = {{$$pkg := .ImportPath}}{{range .TestImports}}{{if eq . "pgregory.net/rapid"}}{{$$pkg}}{{end}}{{end}}{{range .XTestImports}}{{if eq . "pgregory.net/rapid"}}{{$$pkg}}{{end}}{{end}}
+
 # Debian keeps PostgreSQL's server programs off PATH.
 PGBIN := $(firstword $(wildcard /usr/lib/postgresql/*/bin))
 export PATH := $(PATH)$(if $(PGBIN),:$(PGBIN))
@@ -31,12 +36,15 @@ test: check servers vault
 	$(GO) test -race -timeout 15m ./...
 
 ## test-slow: kills in hundreds, long drills, and 30 s of every fuzz target
+#  Fuzz targets are those of this module; `go list` leaves out nested ones.
 test-slow: check servers vault
-	$(GO) test -race -tags slow -timeout 90m ./...
+	@set -eu; rapid=$$($(GO) list -f '$(USES_RAPID)' ./...); set -x; \
+	$(GO) test -race -tags slow -timeout 90m $$($(GO) list ./... | grep -vxF "$$rapid"); \
+	$(GO) test -race -tags slow -timeout 90m $$rapid -rapid.checks $(RAPID_CHECKS)
 	@set -eu; for pkg in $$($(GO) list ./...); do \
 		for target in $$($(GO) test -list '^Fuzz' "$$pkg" | grep '^Fuzz' || true); do \
 			echo "fuzz $$pkg $$target"; \
-			$(GO) test -run '^$$' -fuzz "^$$target\$$" -fuzztime 30s "$$pkg"; \
+			$(GO) test -run '^$$' -fuzz "^$$target\$$" -fuzztime 30s -fuzzminimizetime 20x "$$pkg"; \
 		done; \
 	done
 

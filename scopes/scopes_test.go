@@ -277,7 +277,7 @@ func TestTheDigestCoversCatalogueAndPolicyEachWithItsLength(t *testing.T) {
 		}
 		seen[s.Digest()] = true
 	}
-	if parse(c, policy).Digest() != parse(c, policy).Digest() {
+	if first, again := parse(c, policy), parse(c, policy); first.Digest() != again.Digest() {
 		t.Error("the digest is not steady")
 	}
 	if parse(c, "").PolicyDigest() != "" || parse(c, policy).CatalogueDigest() != parse(c, "").CatalogueDigest() {

@@ -254,7 +254,7 @@ func TestOnlyAGoodOIDCTokenIsAnOrchestrator(t *testing.T) {
 	mac := hmac.New(sha256.New, pub)
 	mac.Write([]byte(hs))
 	hs += "." + b64.EncodeToString(mac.Sum(nil))
-	full, _ := jose.ParseSigned(good, []jose.SignatureAlgorithm{jose.ES256})
+	full, _ := jose.ParseSignedCompact(good, []jose.SignatureAlgorithm{jose.ES256})
 	dup := strings.Replace(string(payload), `"sub":`, `"sub":"repo:acme/x","sub":`, 1)
 	signer, _ := jose.NewSigner(jose.SigningKey{Algorithm: jose.ES256, Key: p.key}, (&jose.SignerOptions{}).WithHeader("kid", "k1"))
 	dupJWS, _ := signer.Sign([]byte(dup))
