@@ -30,29 +30,41 @@ func (m Missing) String() string {
 
 const planned = "`countersign scopes vault` prints the policy"
 
+// capabilities are what the login needs for set: what scopes.VaultSetup grants
+// it, and no more, so that a login made by the plan is never found wanting.
+func capabilities(set *scopes.Set) []Missing {
+	needs := []Missing{
+		{"", "auth/token/lookup-self", "read", "the login is watched with it; " + planned},
+		{"", "auth/token/renew-self", "update", "the login is renewed with it; " + planned},
+	}
+	children, leases := false, false
+	for _, s := range set.Scopes() {
+		if s.Engine == scopes.Identity || slices.Equal(s.Delivery, []string{scopes.Gateway}) {
+			continue // asks nothing of Vault here
+		}
+		needs = append(needs, Missing{s.Name, "auth/token/create/" + s.VaultName(), "update", "a step's token is made with it; " + planned})
+		children = true
+		leases = leases || s.Revocable && s.Engine != scopes.Token
+	}
+	if children {
+		needs = append(needs,
+			Missing{"", "auth/token/renew-accessor", "update", "a step's token is lengthened with it; " + planned},
+			Missing{"", "auth/token/revoke-accessor", "update", "a step's token is revoked with it; " + planned},
+		)
+	}
+	if leases {
+		needs = append(needs, Missing{"", "sys/leases/revoke", "update", "a step's lease is revoked with it; " + planned})
+	}
+	return needs
+}
+
 // CheckCapabilities asks Vault what the login may do (sys/capabilities-self)
 // and returns what is missing of what the catalogue in force needs.
 func (i *Issuer) CheckCapabilities(ctx context.Context) ([]Missing, error) {
 	if i.client == nil {
 		return nil, nil
 	}
-	needs := []Missing{
-		{"", "auth/token/renew-accessor", "update", "a step's token is lengthened with it; " + planned},
-		{"", "auth/token/revoke-accessor", "update", "a step's token is revoked with it; " + planned},
-		{"", "auth/token/lookup-self", "read", "the login is watched with it; " + planned},
-		{"", "auth/token/renew-self", "update", "the login is renewed with it; " + planned},
-	}
-	leases := false
-	for _, s := range i.cfg.Scopes().Scopes() {
-		if s.Engine == scopes.Identity || slices.Equal(s.Delivery, []string{scopes.Gateway}) {
-			continue // asks nothing of Vault here
-		}
-		needs = append(needs, Missing{s.Name, "auth/token/create/" + s.VaultName(), "update", "a step's token is made with it; " + planned})
-		leases = leases || s.Revocable && s.Engine != scopes.Token
-	}
-	if leases {
-		needs = append(needs, Missing{"", "sys/leases/revoke", "update", "a step's lease is revoked with it; " + planned})
-	}
+	needs := capabilities(i.cfg.Scopes())
 	paths := make([]string, len(needs))
 	for n, m := range needs {
 		paths[n] = m.Path
