@@ -45,6 +45,9 @@ func (i *Issuer) Mint(ctx context.Context, w store.Warrant) (*Minted, error) {
 	return i.mintSecret(ctx, j)
 }
 
+// errEnded is what a mint comes to that was too slow for the TTL asked for.
+var errEnded = fmt.Errorf("%w: what was granted ended before it could be minted", ErrVaultUnavailable)
+
 // job is a mint that was found to be warranted.
 type job struct {
 	*store.Warranted
@@ -56,6 +59,18 @@ type job struct {
 // left is how long the credential may still live, in whole seconds: Vault
 // knows no smaller unit.
 func (j *job) left(now time.Time) time.Duration { return j.end.Sub(now).Truncate(time.Second) }
+
+// life is how long Vault lets the step's token live: left, rounded up, so that
+// it does not end up to a second before its holder was told, and a TTL of one
+// second is one. It is never longer than the TTL granted; what it is longer
+// than the end on record, the broker cuts off by revoking it there.
+func (j *job) life(now time.Time) time.Duration {
+	return min(wholeSeconds(j.end.Sub(now)), time.Duration(j.Grant.TTL).Truncate(time.Second))
+}
+
+func wholeSeconds(d time.Duration) time.Duration {
+	return (d + time.Second - 1).Truncate(time.Second)
+}
 
 // warranted checks everything that must hold before Vault is turned to. It
 // spends the intent: whatever becomes of the mint, there is no second one.
@@ -101,8 +116,8 @@ func (i *Issuer) warranted(w store.Warrant) (*job, error) {
 	// differ by lengthens nothing: a full TTL from now is the other bound.
 	case v.Issuing.NotPast.After(v.Intent.Time.Add(time.Duration(own.TTL) + store.MaxIntentAge)):
 		return refuse(stageWarrant, "the intent ends %s after it was made, the grant after %s", v.Issuing.NotPast.Sub(v.Intent.Time.Time), time.Duration(own.TTL))
-	case v.Issuing.NotPast.Sub(now) < time.Second:
-		return refuse(stageWarrant, "less than a second is left of what was granted")
+	case !v.Issuing.NotPast.After(now):
+		return refuse(stageWarrant, "%w", errEnded)
 	case v.Intent.Time.Before(store.At(i.started).Time):
 		// What was spent before the start is not remembered, so nothing from
 		// before it is minted. The caller closes it as abandoned.
@@ -188,17 +203,17 @@ type child struct {
 // child creates the step's own token under the scope's role: orphan, narrow,
 // with an end that no renewal passes, and at first shorter than the grace.
 func (i *Issuer) child(ctx context.Context, j *job, wrap time.Duration) (*child, error) {
-	left := j.left(i.cfg.Now())
-	first := min(i.cfg.FirstTTL, left).Truncate(time.Second)
+	life := j.life(i.cfg.Now())
+	first := min(i.cfg.FirstTTL, life).Truncate(time.Second)
 	if first <= 0 {
-		return nil, &StageError{stageWarrant, fmt.Errorf("%w: less than a second is left of what was granted", store.ErrWarrant)}
+		return nil, &StageError{stageWarrant, fmt.Errorf("%w: %w", store.ErrWarrant, errEnded)}
 	}
 	// POST auth/token/create/:role_name
 	s, err := i.wrapped(wrap).WriteWithContext(ctx, "auth/token/create/"+j.Grant.Role, map[string]any{
 		"policies":          j.Grant.Policies,
 		"no_default_policy": true,
 		"ttl":               seconds(first),
-		"explicit_max_ttl":  seconds(left),
+		"explicit_max_ttl":  seconds(life),
 		"renewable":         true,
 		"num_uses":          0,
 		"display_name":      "countersign-" + j.Intent.Step,
@@ -266,9 +281,9 @@ func (i *Issuer) Activate(ctx context.Context, m *Minted) error {
 	if m.Issued.Accessor == "" {
 		return nil // nothing of Vault's is to be kept alive
 	}
-	increment := m.Issued.Expires.Sub(i.cfg.Now()).Truncate(time.Second)
+	increment := wholeSeconds(m.Issued.Expires.Sub(i.cfg.Now())) // its explicit max TTL bounds it
 	if increment <= 0 {
-		return &StageError{stageActivate, fmt.Errorf("%w: the credential has ended", ErrVaultRefused)}
+		return &StageError{stageActivate, fmt.Errorf("%w: it was so slow that the credential has ended", ErrVaultUnavailable)}
 	}
 	// POST auth/token/renew-accessor
 	s, err := i.client.Logical().WriteWithContext(ctx, "auth/token/renew-accessor", map[string]any{

@@ -141,8 +141,10 @@ func TestWithoutAWarrantNothingReachesVault(t *testing.T) {
 			}
 		})
 	}
-	if seen := proxy.Seen(); len(seen) > 0 {
-		t.Fatalf("reached Vault: %q", seen)
+	for _, seen := range proxy.Seen() {
+		if !strings.HasSuffix(seen, "auth/token/renew-self") { // the login's own, on its own time
+			t.Fatalf("reached Vault: %q", seen)
+		}
 	}
 	// And the good one does, so that the silence above means something.
 	if _, err := b.iss.Mint(t.Context(), good()); err != nil {
