@@ -412,6 +412,29 @@ func TestAFloodOfRefusalsIsFoldedAndNoneIsLost(t *testing.T) {
 	}
 }
 
+func TestAFloodOfRefusalsHidesNoOtherAttempt(t *testing.T) {
+	var rec refusals
+	f := auth.NewRefusals("example.org", zap.NewNop(), rec.record)
+	flood := func() {
+		for range 200 {
+			f.Add(context.Background(), nil, store.RefusedDetails{Method: "GET", Route: "/x", Problem: "unauthenticated"})
+		}
+	}
+	flood()
+	f.Add(context.Background(), &auth.Principal{Name: "demo", Role: auth.Orchestrator}, store.RefusedDetails{Method: "GET", Route: "/history", Problem: "role-forbidden"})
+	flood()
+	f.Close()
+	found := 0
+	for _, s := range rec.subs {
+		if s.Orchestrator == "demo" && s.Action == "GET /history" {
+			found++
+		}
+	}
+	if found != 1 || len(rec.subs) > 60 {
+		t.Fatalf("%d of %d entries name the orchestrator's attempt, want 1", found, len(rec.subs))
+	}
+}
+
 func TestWhileTheLedgerIsAwayRefusalsAreKept(t *testing.T) {
 	var rec refusals
 	down := true

@@ -12,15 +12,17 @@ import (
 )
 
 // How many refusals go on record one by one: so many at once, then one in each
-// interval, which stands for those in between by its count.
+// interval. Of those in between each kind has one entry an interval, with how
+// many it stands for.
 const (
 	refusalBurst    = 50
 	refusalInterval = time.Second
 )
 
 // Refusals puts refused calls on record as access.refused. A flood of them is
-// folded, so that it can neither fill the ledger nor hide how many there were.
-// Nothing of the refused token is in an entry.
+// folded, so that it can neither fill the ledger nor hide how many there were;
+// and only what is alike, so that it cannot hide another attempt either: who,
+// what and why are of few kinds. Nothing of the refused token is in an entry.
 type Refusals struct {
 	trustDomain string
 	record      func(context.Context, *store.Submission) error
@@ -28,16 +30,32 @@ type Refusals struct {
 	limit       *rate.Limiter
 
 	mu     sync.Mutex
-	folded int               // refusals not on record yet
-	last   *store.Submission // the latest of them
+	folded map[kind]*fold // refusals not on record yet
 	timer  *time.Timer
 	closed bool
+}
+
+// kind is what refusals must share to be folded into one.
+type kind struct{ agent, action, problem string }
+
+type fold struct {
+	n    int
+	last *store.Submission
+}
+
+func kindOf(s *store.Submission) kind {
+	k := kind{agent: s.Agent, action: s.Action}
+	if s.Decision != nil && len(s.Decision.Reasons) > 0 {
+		k.problem = s.Decision.Reasons[0]
+	}
+	return k
 }
 
 // NewRefusals records through record, which appends one entry. It is called
 // with a deadline of 2 s, before the caller gets its answer.
 func NewRefusals(trustDomain string, log *zap.Logger, record func(context.Context, *store.Submission) error) *Refusals {
-	return &Refusals{trustDomain: trustDomain, record: record, log: log, limit: rate.NewLimiter(rate.Every(refusalInterval), refusalBurst)}
+	return &Refusals{trustDomain: trustDomain, record: record, log: log, folded: map[kind]*fold{},
+		limit: rate.NewLimiter(rate.Every(refusalInterval), refusalBurst)}
 }
 
 // Add puts one refusal on record, or counts it towards the next. p is nil
@@ -52,7 +70,11 @@ func (f *Refusals) Add(ctx context.Context, p *Principal, d store.RefusedDetails
 		f.mu.Unlock()
 		return
 	}
-	folded := f.take()
+	folded := 0
+	if before := f.folded[kindOf(s)]; before != nil {
+		folded = before.n
+		delete(f.folded, kindOf(s))
+	}
 	f.mu.Unlock()
 	f.write(ctx, s, folded)
 }
@@ -79,35 +101,31 @@ func (f *Refusals) entry(p *Principal, d store.RefusedDetails) *store.Submission
 // fold counts n refusals, of which s is the latest, and sees to it that they
 // are on record soon, also when no further one comes.
 func (f *Refusals) fold(s *store.Submission, n int) {
-	f.folded += n
-	f.last = s
+	k := kindOf(s)
+	if f.folded[k] == nil {
+		f.folded[k] = &fold{}
+	}
+	f.folded[k].n += n
+	f.folded[k].last = s
 	if f.timer == nil && !f.closed {
 		f.timer = time.AfterFunc(refusalInterval, f.flush)
 	}
 }
 
-func (f *Refusals) take() int {
-	n := f.folded
-	f.folded, f.last = 0, nil
+// flush records what was folded: of each kind the latest refusal, with the
+// others as count.
+func (f *Refusals) flush() {
+	f.mu.Lock()
 	if f.timer != nil {
 		f.timer.Stop()
 		f.timer = nil
 	}
-	return n
-}
-
-// flush records what was folded: the latest refusal, with the others as count.
-func (f *Refusals) flush() {
-	f.mu.Lock()
-	f.timer = nil
-	s := f.last
-	if s == nil {
-		f.mu.Unlock()
-		return
-	}
-	n := f.take()
+	folded := f.folded
+	f.folded = map[kind]*fold{}
 	f.mu.Unlock()
-	f.write(context.Background(), s, n-1)
+	for _, x := range folded {
+		f.write(context.Background(), x.last, x.n-1)
+	}
 }
 
 func (f *Refusals) write(ctx context.Context, s *store.Submission, folded int) {
