@@ -192,7 +192,11 @@ func LedgerUnavailable() *Problem {
 }
 
 // StateUnavailable: what is under way cannot be known. 503.
-func StateUnavailable() *Problem { return of(SlugStateUnavailable, "").Retry(retry) }
+func StateUnavailable() *Problem {
+	return of(SlugStateUnavailable, "what is under way cannot be known now, so nothing is begun").Retry(retry)
+}
 
 // ShuttingDown: ask another instance, or this one when it is back. 503.
-func ShuttingDown() *Problem { return of(SlugShuttingDown, "").Retry(retry) }
+func ShuttingDown() *Problem {
+	return of(SlugShuttingDown, "ask another instance, or this one when it is back").Retry(retry)
+}

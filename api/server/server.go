@@ -11,6 +11,7 @@ import (
 	"net"
 	"net/http"
 	"runtime/debug"
+	"strings"
 	"time"
 
 	"github.com/go-chi/chi/v5"
@@ -42,16 +43,31 @@ const (
 // problem documents. Bodies are cut off after maxBody bytes.
 func NewRouter(log *zap.Logger, maxBody int64) *chi.Mux {
 	r := chi.NewRouter()
-	r.Use(identify(log), secure, recoverPanic, body(maxBody))
-	r.NotFound(func(w http.ResponseWriter, r *http.Request) {
-		problem.Write(w, r, problem.NotFound(""))
-	})
+	// HEAD is GET without its body (RFC 9110, section 9.3.2); net/http drops it.
+	r.Use(identify(log), secure, recoverPanic, body(maxBody), middleware.GetHead)
+	notFound := func(w http.ResponseWriter, r *http.Request) {
+		problem.Write(w, r, problem.NotFound("no such path"))
+	}
+	r.NotFound(notFound)
 	r.MethodNotAllowed(func(w http.ResponseWriter, req *http.Request) {
-		for _, m := range []string{http.MethodGet, http.MethodHead, http.MethodPost, http.MethodPut, http.MethodPatch, http.MethodDelete} {
-			if r.Match(chi.NewRouteContext(), m, req.URL.Path) {
-				w.Header().Add("Allow", m)
+		path := req.URL.RawPath // what chi routes by, where it is set
+		if path == "" {
+			path = req.URL.Path
+		}
+		var allow []string
+		for _, m := range []string{http.MethodGet, http.MethodPost, http.MethodPut, http.MethodPatch, http.MethodDelete} {
+			if r.Match(chi.NewRouteContext(), m, path) {
+				allow = append(allow, m)
+				if m == http.MethodGet {
+					allow = append(allow, http.MethodHead)
+				}
 			}
 		}
+		if len(allow) == 0 { // chi answers so to a method it does not know, on any path
+			notFound(w, req)
+			return
+		}
+		w.Header().Set("Allow", strings.Join(allow, ", "))
 		problem.Write(w, req, problem.MethodNotAllowed(req.Method))
 	})
 	return r

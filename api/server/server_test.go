@@ -32,6 +32,8 @@ func router() *chi.Mux {
 		fmt.Fprint(w, v.A)
 	})
 	r.Get("/panic", func(http.ResponseWriter, *http.Request) { panic("s3cret") })
+	r.Get("/both", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, "here") })
+	r.Delete("/both", func(http.ResponseWriter, *http.Request) {})
 	r.Get("/half", func(w http.ResponseWriter, r *http.Request) {
 		fmt.Fprint(w, "half")
 		panic("s3cret")
@@ -102,6 +104,11 @@ func TestEveryOtherAnswerIsAProblemToo(t *testing.T) {
 	}{
 		{"GET", "/nothing", problem.SlugNotFound, ""},
 		{"DELETE", "/things/1", problem.SlugMethodNotAllowed, "POST"},
+		{"POST", "/panic", problem.SlugMethodNotAllowed, "GET, HEAD"},
+		{"POST", "/both", problem.SlugMethodNotAllowed, "GET, HEAD, DELETE"},
+		{"OPTIONS", "/things/a%2Fb", problem.SlugMethodNotAllowed, "POST"},
+		{"FOO", "/nothing", problem.SlugNotFound, ""},
+		{"FOO", "/things/1", problem.SlugMethodNotAllowed, "POST"},
 		{"GET", "/panic", problem.SlugInternal, ""},
 	} {
 		r, _ := http.NewRequest(c.method, srv.URL+c.path, nil)
@@ -113,7 +120,7 @@ func TestEveryOtherAnswerIsAProblemToo(t *testing.T) {
 		b, _ := io.ReadAll(resp.Body)
 		resp.Body.Close()
 		p := problem.Read(resp.StatusCode, resp.Header.Get("Content-Type"), b)
-		if p.Slug() != c.slug || p.Instance != "trace-7" || resp.Header.Get("Allow") != c.allow || strings.Contains(string(b), "s3cret") {
+		if p.Slug() != c.slug || p.Instance != "trace-7" || p.Detail == "" || resp.Header.Get("Allow") != c.allow || strings.Contains(string(b), "s3cret") {
 			t.Errorf("%s %s: %s, Allow %q", c.method, c.path, b, resp.Header.Get("Allow"))
 		}
 		for _, h := range []string{"X-Content-Type-Options", "Content-Security-Policy", "Cache-Control", "Referrer-Policy"} {
@@ -125,6 +132,22 @@ func TestEveryOtherAnswerIsAProblemToo(t *testing.T) {
 	if resp, err := http.Get(srv.URL + "/half"); err == nil {
 		if _, err = io.ReadAll(resp.Body); err == nil {
 			t.Error("half an answer looked whole")
+		}
+	}
+}
+
+func TestHeadIsAnsweredAsGetWithoutItsBody(t *testing.T) {
+	srv := httptest.NewServer(router())
+	defer srv.Close()
+	for path, status := range map[string]int{"/both": 200, "/nothing": 404, "/things/1": 405} {
+		resp, err := http.Head(srv.URL + path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		b, err := io.ReadAll(resp.Body)
+		resp.Body.Close()
+		if resp.StatusCode != status || len(b) > 0 || err != nil {
+			t.Errorf("%s: %d %q %v", path, resp.StatusCode, b, err)
 		}
 	}
 }

@@ -34,12 +34,12 @@ func toProblem(err error) error {
 	}{
 		{broker.ErrMalformed, func(err error) *problem.Problem { return problem.Malformed(err.Error()) }},
 		{broker.ErrClosed, func(error) *problem.Problem {
-			return problem.RequestClosed("another call took, or is taking, what this request came to")
+			return problem.RequestClosed("it was answered, ended or taken back, or another call is taking what it came to")
 		}},
 		{broker.ErrIdempotency, func(error) *problem.Problem {
 			return problem.IdempotencyConflict("this Idempotency-Key was sent with another body")
 		}},
-		{broker.ErrNotFound, func(error) *problem.Problem { return problem.NotFound("") }},
+		{broker.ErrNotFound, func(error) *problem.Problem { return problem.NotFound("this caller has no such request") }},
 		{broker.ErrShuttingDown, func(error) *problem.Problem { return problem.ShuttingDown() }},
 		{scopes.ErrUnknownScope, func(err error) *problem.Problem { return problem.UnknownScope(err.Error()) }},
 		{scopes.ErrTTLTooLong, func(err error) *problem.Problem { return problem.TTLTooLong(err.Error()) }},
