@@ -262,11 +262,18 @@ func plainText(name, text string, limit int, lines bool) error {
 		return problem.Malformed(fmt.Sprintf("%s is too long, at most %d characters", name, limit))
 	}
 	for _, c := range text {
-		if unicode.IsControl(c) && !(lines && (c == '\n' || c == '\r' || c == '\t')) {
+		if unicode.IsControl(c) && !(lines && (c == '\n' || c == '\r' || c == '\t')) || reorders(c) {
 			return problem.Malformed(name + " holds a control character")
 		}
 	}
 	return nil
+}
+
+// reorders reports whether c makes text look other than it reads (Unicode UAX
+// 9: embeddings, overrides and isolates), or begins a line unseen. The marks
+// that right-to-left text needs are none of these.
+func reorders(c rune) bool {
+	return c >= 0x202a && c <= 0x202e || c >= 0x2066 && c <= 0x2069 || c == 0x2028 || c == 0x2029
 }
 
 func (a *handlers) revoke(w http.ResponseWriter, r *http.Request) error {
@@ -333,7 +340,7 @@ func (a *handlers) result(w http.ResponseWriter, r *http.Request) error {
 func (a *handlers) request(w http.ResponseWriter, r *http.Request) error {
 	id, err := url.PathUnescape(chi.URLParam(r, "id"))
 	if err != nil {
-		return problem.NotFound("")
+		return broker.ErrNotFound
 	}
 	v, err := a.Broker.Get(r.Context(), a.who(r), id)
 	if err != nil {
@@ -349,7 +356,7 @@ func (a *handlers) request(w http.ResponseWriter, r *http.Request) error {
 func (a *handlers) withdraw(w http.ResponseWriter, r *http.Request) error {
 	id, err := url.PathUnescape(chi.URLParam(r, "id"))
 	if err != nil {
-		return problem.NotFound("")
+		return broker.ErrNotFound
 	}
 	if err := a.Broker.Withdraw(r.Context(), a.who(r), id); err != nil {
 		return err

@@ -13,6 +13,7 @@ import (
 	"strings"
 	"text/tabwriter"
 	"time"
+	"unicode"
 
 	"github.com/go-json-experiment/json"
 	"github.com/go-json-experiment/json/jsontext"
@@ -199,7 +200,9 @@ func (h *history) csv(ctx context.Context, w io.Writer) error {
 func (h *history) table(ctx context.Context, w io.Writer) error {
 	out := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
 	fmt.Fprintln(out, "INDEX\tTIME\tTYPE\tRUN\tSTEP\tSCOPE\tOUTCOME\tDETAILS")
+	rows := 0
 	err := h.each(ctx, func(e client.HistoryEntry) error {
+		rows++
 		r, err := row(e)
 		if err != nil {
 			return err
@@ -210,13 +213,16 @@ func (h *history) table(ctx context.Context, w io.Writer) error {
 		_, err = fmt.Fprintf(out, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", r[0], r[1], r[2], r[4], r[5], r[6], r[7], r[9])
 		return err
 	})
+	if err != nil && rows == 0 {
+		return err // without the head of a table before it
+	}
 	return errors.Join(err, out.Flush())
 }
 
-// visible keeps control characters, which could rewrite a terminal, out of the
-// table.
+// visible keeps out of the table what could rewrite a terminal: control
+// characters, and those that turn the direction of writing.
 func visible(c rune) rune {
-	if c < 0x20 || c == 0x7f || (c >= 0x80 && c < 0xa0) {
+	if unicode.IsControl(c) || unicode.Is(unicode.Bidi_Control, c) {
 		return '\uFFFD'
 	}
 	return c
