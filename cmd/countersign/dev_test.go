@@ -229,6 +229,52 @@ func TestDevWithoutVaultIssuesIdentitiesAlone(t *testing.T) {
 	}
 }
 
+func TestAResourceServerIntrospectsATokenUntilItsStepEnds(t *testing.T) {
+	dir := t.TempDir()
+	r := startDev(t, dir, "--vault", "none")
+	code, server, stderr := r.cli("", "token", "create", "--file", filepath.Join(dir, "tokens"), "--role", "resource-server", "--name", "orders")
+	if code != 0 {
+		t.Fatal(stderr)
+	}
+	server = strings.TrimSpace(server)
+	status, body := r.ask("identity:step", "s1")
+	var c held
+	if err := json.Unmarshal([]byte(body), &c); err != nil || status != 201 {
+		t.Fatalf("%d %s", status, body)
+	}
+	introspect := func(form string) string {
+		t.Helper()
+		req, err := http.NewRequestWithContext(t.Context(), "POST", r.API+"/introspect", strings.NewReader("token="+c.Credential.Token+form))
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.Header.Set("Authorization", "Bearer "+server)
+		req.Header.Set("Content-Type", "application/x-www-form-urlencoded")
+		res, err := http.DefaultClient.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer res.Body.Close()
+		b, err := io.ReadAll(res.Body)
+		if err != nil || res.StatusCode != 200 {
+			t.Fatalf("%s %v %s", res.Status, err, b)
+		}
+		return string(b)
+	}
+	if said := introspect("&use=read-orders"); !strings.Contains(said, `"active":true`) || !strings.Contains(said, "spiffe://countersign.demo/orchestrator/demo/run/run-1/step/s1") {
+		t.Errorf("a live token: %s", said)
+	}
+	if status, body := r.call(r.Reviewers[0].Token, "GET", r.Recorder+"/history?type=credential.used&step=s1", ""); status != 200 || !strings.Contains(body, `"use":"read-orders"`) {
+		t.Errorf("its use is not on record: %d %s", status, body)
+	}
+	if status, body := r.call(r.Orchestrators[0].Token, "POST", r.API+"/steps/s1/result", `{"run":"run-1","outcome":"succeeded"}`); status != 200 {
+		t.Fatalf("%d %s", status, body)
+	}
+	if said := strings.TrimSpace(introspect("")); said != `{"active":false}` {
+		t.Errorf("after the step's end: %s", said)
+	}
+}
+
 func TestDevSaysThatTheAccessPathIsMissing(t *testing.T) {
 	r := startDev(t, t.TempDir(), "--vault", "none")
 	for _, u := range []string{r.Gateway.HTTP + "/any/path", r.Gateway.MCP} {

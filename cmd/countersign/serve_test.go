@@ -7,6 +7,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/json"
 	"encoding/pem"
 	"fmt"
 	"io"
@@ -189,6 +190,9 @@ func (p *pair) call(token, method, url, body string) (int, string) {
 		p.t.Fatal(err)
 	}
 	req.Header.Set("Authorization", "Bearer "+token)
+	if strings.HasPrefix(body, "token=") {
+		req.Header.Set("Content-Type", "application/x-www-form-urlencoded")
+	}
 	res, err := p.http.Do(req)
 	if err != nil {
 		p.t.Fatal(err)
@@ -228,6 +232,17 @@ func TestTwoProcessesIssueReloadAndEnd(t *testing.T) {
 	}
 	if n := p.history("writer.added"); n != 1 {
 		t.Errorf("%d writers were announced, want 1", n)
+	}
+
+	// A resource server is told of a token that this broker's keys signed.
+	status, body := p.ask("identity:step")
+	var c held
+	if err := json.Unmarshal([]byte(body), &c); err != nil || status != 201 {
+		t.Fatalf("%d %s", status, body)
+	}
+	server := p.cli("token", "create", "--file", p.file("broker-tokens"), "--role", "resource-server", "--name", "orders")
+	if status, body := p.call(server, "POST", p.url+"/introspect", "token="+c.Credential.Token); status != 200 || !strings.Contains(body, `"active":true`) {
+		t.Errorf("introspect: %d %s", status, body)
 	}
 
 	// A new catalogue takes force by SIGHUP and is on record; a bad one does not.
