@@ -81,34 +81,24 @@ func start(ctx context.Context, binary string) (*Server, error) {
 	}
 	listen := l.Addr().String()
 	l.Close()
-	// Vault's own files, if it wants any, go here and not into the user's home.
-	home, err := os.MkdirTemp("", "countersign-vault-")
-	if err != nil {
-		return nil, err
-	}
 	token := "dev-" + rand.Text()
 
 	ctx, cancel := context.WithCancel(ctx)
 	cmd := exec.CommandContext(ctx, binary, "server", "-dev", "-dev-no-store-token", "-dev-listen-address="+listen, "-log-level=error")
 	// The token goes by the environment: command lines are public on a machine.
 	cmd.Env = []string{
-		"HOME=" + home, "PATH=" + os.Getenv("PATH"),
+		// Parts of Vault make caches in the home directory, and go on where they
+		// cannot: so nothing is left behind, whichever way Vault ends.
+		"HOME=/dev/null", "PATH=" + os.Getenv("PATH"),
 		"VAULT_DEV_ROOT_TOKEN_ID=" + token, "BAO_DEV_ROOT_TOKEN_ID=" + token,
 	}
 	var said tail
 	cmd.Stdout, cmd.Stderr = &said, &said
-	exited, err := Run(cmd)
+	done, err := Run(cmd)
 	if err != nil {
 		cancel()
-		os.RemoveAll(home)
 		return nil, fmt.Errorf("starting %s: %w", binary, err)
 	}
-	done := make(chan struct{})
-	go func() {
-		<-exited
-		os.RemoveAll(home)
-		close(done)
-	}()
 	s := &Server{Addr: "http://" + listen, RootToken: token, stop: cancel, done: done}
 
 	deadline := time.After(startWithin)

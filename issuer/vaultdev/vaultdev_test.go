@@ -45,7 +45,8 @@ func vault(t *testing.T) string {
 func TestAVaultDiesWithTheProcessThatStartedIt(t *testing.T) {
 	vault(t)
 	parent := exec.Command(os.Args[0])
-	parent.Env = append(os.Environ(), "START_VAULT=1")
+	tmp := t.TempDir()
+	parent.Env = append(os.Environ(), "START_VAULT=1", "TMPDIR="+tmp)
 	out, err := parent.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -75,6 +76,9 @@ func TestAVaultDiesWithTheProcessThatStartedIt(t *testing.T) {
 		if time.Now().After(end) {
 			t.Fatal("Vault outlived its parent")
 		}
+	}
+	if left, err := os.ReadDir(tmp); err != nil || len(left) > 0 {
+		t.Errorf("left behind: %v %v", left, err)
 	}
 }
 

@@ -80,6 +80,7 @@ func Postgres(t testing.TB) string {
 	if err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() { os.RemoveAll(dir) })                  // last, when PostgreSQL is gone
 	attr := &syscall.SysProcAttr{Pdeathsig: syscall.SIGQUIT} // SIGQUIT: immediate shutdown
 	if os.Getuid() == 0 {
 		attr.Credential = asPostgres(t, dir)
@@ -103,7 +104,6 @@ func Postgres(t testing.TB) string {
 	}
 	if out, err := run("initdb", "-D", data, "-U", "postgres", "-A", "scram-sha-256", "--pwfile="+pwfile,
 		"--no-sync", "--no-instructions", "-E", "UTF8", "--locale=C").CombinedOutput(); err != nil {
-		os.RemoveAll(dir)
 		t.Fatalf("initdb: %v\n%s", err, out)
 	}
 	var last error
@@ -126,7 +126,6 @@ func Postgres(t testing.TB) string {
 			t.Cleanup(func() {
 				_ = cmd.Process.Signal(syscall.SIGQUIT)
 				<-done
-				os.RemoveAll(dir)
 			})
 			return dsn
 		}
@@ -134,7 +133,6 @@ func Postgres(t testing.TB) string {
 		<-done
 	}
 	out, _ := os.ReadFile(filepath.Join(dir, "log"))
-	os.RemoveAll(dir)
 	t.Fatalf("postgres did not start: %v\n%s", last, out)
 	return ""
 }
