@@ -121,6 +121,9 @@ func (d *doctor) secret(what, path string) {
 	if info, statErr := os.Stat(path); err == nil && statErr == nil && info.Mode().Perm()&0o077 != 0 {
 		err = fmt.Errorf("%s may be read by others: chmod 600 it", path)
 	}
+	if errors.Is(err, os.ErrNotExist) {
+		err = fmt.Errorf("%s is missing; docs/operations.md says how it is made", path)
+	}
 	d.look(what, err, path)
 }
 
@@ -169,7 +172,7 @@ func (c *serveConfig) examine(ctx context.Context) []finding {
 // vault checks login and capabilities.
 func (d *doctor) vault(ctx context.Context, o *machinesOptions) {
 	if _, err := os.Stat(o.identityKey); err != nil {
-		return // found above; opening it would make one
+		return // found above, and never made here
 	}
 	id, err := issuer.OpenIdentity(issuer.IdentityConfig{Issuer: o.publicURL, TrustDomain: o.trustDomain, KeyFile: o.identityKey, Lead: o.identityLead})
 	if !d.look("step identity", err, o.publicURL) {

@@ -276,6 +276,19 @@ func TestTwoProcessesIssueReloadAndEnd(t *testing.T) {
 		t.Errorf("after a bad catalogue: %d %s", status, body)
 	}
 
+	// Doctor says that a key is missing, and makes none.
+	p.write("catalogue.yaml", demo)
+	if err := os.Rename(p.file("identity.key"), p.file("elsewhere.key")); err != nil {
+		t.Fatal(err)
+	}
+	out, err := countersign(t, "doctor", "--config", p.file("serve.yaml")).Output()
+	if err == nil || !strings.Contains(string(out), "BAD identity_key: "+p.file("identity.key")+" is missing") || strings.Count(string(out), "BAD ") != 1 {
+		t.Errorf("doctor without an identity key: %v\n%s", err, out)
+	}
+	if _, err := os.Stat(p.file("identity.key")); !os.IsNotExist(err) {
+		t.Errorf("doctor made the key: %v", err)
+	}
+
 	// The recorder ends while the broker follows it, and the broker after it.
 	for _, x := range []struct {
 		name string
