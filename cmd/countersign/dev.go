@@ -2,6 +2,8 @@ package main
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -11,6 +13,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"syscall"
 	"time"
 
 	"github.com/go-json-experiment/json"
@@ -66,7 +69,7 @@ and sets up the demo's engines, policies and roles there with --vault-token.`,
 	cmd.Flags().StringVar(&f.vault, "vault", "auto", "auto, none, or a Vault's URL")
 	cmd.Flags().StringVar(&f.vaultToken, "vault-token", "", "a token of the Vault named by its URL that may set up the demo there")
 	cmd.Flags().StringVar(&f.postgres, "postgres", "", "DSN of a PostgreSQL role that may create roles: adds the scopes orders-db:*")
-	cmd.Flags().StringVar(&f.readyFile, "ready-file", "", "where to write addresses and tokens when everything answers (default DIR/dev.json)")
+	cmd.PersistentFlags().StringVar(&f.readyFile, "ready-file", "", "where to write addresses and tokens when everything answers (default DIR/dev.json)")
 	cmd.AddCommand(devShowCommand(&f))
 	return cmd
 }
@@ -78,9 +81,9 @@ func devShowCommand(f *devFlags) *cobra.Command {
 		Example: "  countersign dev show api\n  countersign dev show reviewers.reviewer-a",
 		Args:    cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			b, err := os.ReadFile(filepath.Join(f.dir, "dev.json"))
+			b, err := os.ReadFile(f.ready())
 			if err != nil {
-				return fmt.Errorf("%w; is `countersign dev` running with this --dir?", err)
+				return fmt.Errorf("%w; is `countersign dev` running with this --dir or --ready-file?", err)
 			}
 			var r ready
 			if err := json.Unmarshal(b, &r); err != nil {
@@ -96,14 +99,43 @@ func devShowCommand(f *devFlags) *cobra.Command {
 	}
 }
 
+// ready is the ready file's path.
+func (f *devFlags) ready() string {
+	if f.readyFile == "" {
+		return filepath.Join(f.dir, "dev.json")
+	}
+	return f.readyFile
+}
+
+// lock takes the directory for this process, until it ends or unlock is called.
+func (f *devFlags) lock() (unlock func(), err error) {
+	h, err := os.OpenFile(filepath.Join(f.dir, "dev.lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := syscall.Flock(int(h.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
+		h.Close()
+		return nil, fmt.Errorf("another `countersign dev` runs in %s: stop it, or choose another --dir", f.dir)
+	}
+	return func() { h.Close() }, nil
+}
+
 // runDev runs everything until ctx ends or one part fails.
 func runDev(ctx context.Context, f devFlags) error {
-	if f.readyFile == "" {
-		f.readyFile = filepath.Join(f.dir, "dev.json")
+	show := "--dir " + f.dir // what `dev show` needs to find the ready file
+	if f.readyFile != "" {
+		show = "--ready-file " + f.readyFile
 	}
+	f.readyFile = f.ready()
 	if err := os.MkdirAll(f.dir, 0o700); err != nil {
 		return err
 	}
+	// Before anything is touched that belongs to a dev which runs here already.
+	unlock, err := f.lock()
+	if err != nil {
+		return err
+	}
+	defer unlock()
 	// A file of an earlier run would tell of addresses that nobody answers at.
 	if err := os.Remove(f.readyFile); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
@@ -144,7 +176,7 @@ func runDev(ctx context.Context, f devFlags) error {
 	if err != nil {
 		return err
 	}
-	vault, stopVault, err := openDevVault(ctx, f, set, log)
+	vault, stopVault, err := openDevVault(ctx, f, set, r.LogKey, log)
 	if err != nil {
 		return err
 	}
@@ -175,13 +207,13 @@ func runDev(ctx context.Context, f devFlags) error {
 		if err := r.write(f.readyFile); err != nil {
 			return err
 		}
-		return f.banner(&r, people.ledger.Size())
+		return f.banner(&r, show, people.ledger.Size())
 	})
 	defer os.Remove(f.readyFile)
 	return group.Wait()
 }
 
-func (f *devFlags) banner(r *ready, entries int64) error {
+func (f *devFlags) banner(r *ready, show string, entries int64) error {
 	vault := r.Vault.Addr
 	if vault == "" {
 		vault = "none; scopes that need it answer vault-unavailable"
@@ -196,16 +228,16 @@ func (f *devFlags) banner(r *ready, entries int64) error {
 
 Try, in another terminal:
 
-  export COUNTERSIGN_ADDR=%[1]s COUNTERSIGN_TOKEN=$(countersign dev show --dir %[6]s orchestrators.demo)
+  export COUNTERSIGN_ADDR=%[1]s COUNTERSIGN_TOKEN=$(countersign dev show %[6]s orchestrators.demo)
   countersign run --scope vault:demo-read --run run-1 --step s1 -- env
   countersign request --scope identity:step --run run-1 --step s2
 
-  export COUNTERSIGN_RECORDER=%[2]s COUNTERSIGN_TOKEN=$(countersign dev show --dir %[6]s reviewers.reviewer-a)
+  export COUNTERSIGN_RECORDER=%[2]s COUNTERSIGN_TOKEN=$(countersign dev show %[6]s reviewers.reviewer-a)
   countersign history
-  countersign verify --key "$(countersign dev show --dir %[6]s log_key)"
+  countersign verify --key "$(countersign dev show %[6]s log_key)"
 
 Ctrl-C stops it.
-`, r.API, r.Recorder, vault, f.readyFile, filepath.Join(f.dir, "dev.log"), f.dir, entries)
+`, r.API, r.Recorder, vault, f.readyFile, filepath.Join(f.dir, "dev.log"), show, entries)
 	return err
 }
 
@@ -326,8 +358,27 @@ type devVault struct {
 	broker      string // the broker's own
 }
 
-func openDevVault(ctx context.Context, f devFlags, set *scopes.InForce, log *zap.Logger) (v devVault, stop func(), err error) {
+// endRoles has Vault drop the PostgreSQL roles that are still live: this Vault
+// forgets them when it ends, and nobody else knows them. What a crash leaves,
+// the next start drops (vaultdev.Options.Owner).
+func endRoles(ctx context.Context, s *vaultdev.Server, log *zap.Logger) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
+	defer cancel()
+	c, err := s.Client()
+	if err == nil {
+		// PUT sys/leases/revoke-prefix/:prefix
+		_, err = c.Logical().WriteWithContext(ctx, "sys/leases/revoke-prefix/database/creds", map[string]any{"sync": true})
+	}
+	if err != nil {
+		log.Warn("roles of PostgreSQL may be left until the next start, or their TTL", zap.Error(err))
+	}
+}
+
+// openDevVault finds or starts dev's Vault and sets it up. logKey is what tells
+// this directory from another one's.
+func openDevVault(ctx context.Context, f devFlags, set *scopes.InForce, logKey string, log *zap.Logger) (v devVault, stop func(), err error) {
 	stop = func() {}
+	o := vaultdev.Options{Scopes: set.Current(), Postgres: f.postgres}
 	switch f.vault {
 	case "none":
 		return v, stop, nil
@@ -340,8 +391,15 @@ func openDevVault(ctx context.Context, f devFlags, set *scopes.InForce, log *zap
 		if err != nil {
 			return v, stop, err
 		}
-		stop = s.Stop
+		stop = func() {
+			if f.postgres != "" {
+				endRoles(ctx, s, log)
+			}
+			s.Stop()
+		}
 		v.addr, v.token = s.Addr, s.RootToken
+		sum := sha256.Sum256([]byte(logKey))
+		o.Owner = hex.EncodeToString(sum[:6])
 		go func() {
 			<-s.Done()
 			log.Info("Vault has ended")
@@ -359,7 +417,7 @@ func openDevVault(ctx context.Context, f devFlags, set *scopes.InForce, log *zap
 	client, err := vaultdev.NewClient(v.addr, v.token)
 	if err == nil {
 		var p *vaultdev.Prepared
-		if p, err = vaultdev.Prepare(ctx, client, vaultdev.Options{Scopes: set.Current(), Postgres: f.postgres}); err == nil {
+		if p, err = vaultdev.Prepare(ctx, client, o); err == nil {
 			v.broker = p.BrokerToken
 			return v, stop, nil
 		}

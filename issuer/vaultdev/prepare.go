@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"net/url"
+	"regexp"
 	"strconv"
 	"strings"
 	"time"
@@ -21,6 +22,10 @@ import (
 type Options struct {
 	Scopes   *scopes.Set
 	Postgres string // DSN of a role that may create roles; empty: no database engine
+	// Owner is for a Vault that forgets its leases when it ends: roles of steps
+	// are marked with it, and those so marked that an earlier Vault left behind
+	// are dropped. It is part of a role's name: [a-z0-9_].
+	Owner string
 }
 
 // Prepared is what Prepare made.
@@ -43,7 +48,7 @@ func Prepare(ctx context.Context, client *api.Client, opts Options) (*Prepared, 
 		return nil, err
 	}
 	if opts.Postgres != "" {
-		if err := Orders(ctx, client, opts.Postgres, longest(opts.Scopes)); err != nil {
+		if err := orders(ctx, client, opts.Postgres, longest(opts.Scopes), opts.Owner); err != nil {
 			return nil, err
 		}
 	}
@@ -64,9 +69,11 @@ func Prepare(ctx context.Context, client *api.Client, opts Options) (*Prepared, 
 }
 
 // longest is the largest max_ttl of set's database scopes: a database role's
-// default_ttl must not be below it, since database/creds takes no TTL.
+// default_ttl must not be below it, since database/creds takes no TTL. It is no
+// higher either: PostgreSQL itself refuses the password from then on, also
+// where Vault is gone.
 func longest(set *scopes.Set) time.Duration {
-	d := time.Hour
+	d := time.Minute
 	if set != nil {
 		for _, s := range set.Scopes() {
 			if s.Engine == scopes.Database && s.MaxTTL > d {
@@ -205,10 +212,32 @@ const dropRole = `DO $$ DECLARE victim text := '{{name}}'; BEGIN
 	END IF;
 END $$`
 
+// leftSQL drops the roles of steps that are marked with %[1]s.
+const leftSQL = `
+DO $$ DECLARE victim text; BEGIN
+	IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = '%[1]s') THEN CREATE ROLE %[1]s NOLOGIN; END IF;
+	FOR victim IN
+		SELECT m.rolname FROM pg_auth_members a JOIN pg_roles m ON m.oid = a.member JOIN pg_roles g ON g.oid = a.roleid
+		WHERE g.rolname = '%[1]s' AND m.rolname LIKE 'v-%%'
+	LOOP
+		EXECUTE format('ALTER ROLE %%I NOLOGIN', victim);
+		EXECUTE format('GRANT %%I TO CURRENT_USER', victim);
+		PERFORM pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = victim;
+		EXECUTE format('DROP ROLE %%I', victim);
+	END LOOP;
+END $$`
+
+// owners are the forms of Options.Owner, which stands in SQL as it is.
+var owners = regexp.MustCompile(`\A[a-z0-9_]{1,32}\z`)
+
 // Orders makes the orders table where dsn points and the Vault database roles
 // orders-read and orders-write over it, whose credentials live for at most
 // ttl.
 func Orders(ctx context.Context, client *api.Client, dsn string, ttl time.Duration) error {
+	return orders(ctx, client, dsn, ttl, "")
+}
+
+func orders(ctx context.Context, client *api.Client, dsn string, ttl time.Duration, owner string) error {
 	cfg, err := pgx.ParseConfig(dsn)
 	if err != nil {
 		return errors.New("the PostgreSQL DSN does not parse") // the error would quote it, password and all
@@ -220,6 +249,17 @@ func Orders(ctx context.Context, client *api.Client, dsn string, ttl time.Durati
 	defer conn.Close(context.WithoutCancel(ctx))
 	if _, err := conn.Exec(ctx, ordersSQL); err != nil {
 		return fmt.Errorf("making the orders table (the DSN's role must be able to create roles, and own the table): %w", err)
+	}
+	mark := ""
+	if owner != "" {
+		if !owners.MatchString(owner) {
+			return fmt.Errorf("owner %q is not of the form %s", owner, owners)
+		}
+		group := "countersign_dev_" + owner
+		if _, err := conn.Exec(ctx, fmt.Sprintf(leftSQL, group)); err != nil {
+			return fmt.Errorf("dropping the roles that an earlier Vault left in PostgreSQL: %w", err)
+		}
+		mark = ", " + group
 	}
 	p := preparer{client.Logical(), client.Sys()}
 	if err := p.mount(ctx, "database", &api.MountInput{Type: "database"}); err != nil {
@@ -254,7 +294,7 @@ func Orders(ctx context.Context, client *api.Client, dsn string, ttl time.Durati
 	for role, group := range map[string]string{"orders-read": "orders_read", "orders-write": "orders_write"} {
 		if err := p.write(ctx, "database/roles/"+role, map[string]any{
 			"db_name": "orders", "default_ttl": ttl.String(), "max_ttl": ttl.String(),
-			"creation_statements":   []string{`CREATE ROLE "{{name}}" LOGIN PASSWORD '{{password}}' VALID UNTIL '{{expiration}}' IN ROLE ` + group},
+			"creation_statements":   []string{`CREATE ROLE "{{name}}" LOGIN PASSWORD '{{password}}' VALID UNTIL '{{expiration}}' IN ROLE ` + group + mark},
 			"revocation_statements": []string{string(drop)},
 		}); err != nil {
 			return err
