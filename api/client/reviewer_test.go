@@ -111,7 +111,7 @@ func TestHistoryIsFilteredAndPaged(t *testing.T) {
 			t.Errorf("%s: %+v %v", filter, p, err)
 		}
 	}
-	for _, bad := range []string{"limit=0", "limit=1001", "limit=x", "from=yesterday", "rnu=x", "run=../x", "run=a&run=b", "type=nothing", "outcome=x", "cursor=zzz%00", "cursor=garbage"} {
+	for _, bad := range []string{"limit=0", "limit=-1", "limit=x", "from=yesterday", "rnu=x", "run=../x", "run=a&run=b", "type=nothing", "outcome=x", "cursor=zzz%00", "cursor=garbage"} {
 		q, _ := url.ParseQuery(bad)
 		if _, err := v.History(ctx, q); !errors.Is(err, problem.Malformed("")) {
 			t.Errorf("%s: %v", bad, err)
