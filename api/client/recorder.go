@@ -289,33 +289,22 @@ func refusal(err error) (error, bool) {
 }
 
 // Follow calls fn with what comes to be on record after the entry with the
-// given index and is a writer's to know, in order. It goes on over lost
-// connections and ends when ctx is done, fn returns an error, or the recorder
-// has contradicted itself.
+// given index and is a writer's to know, in order. It ends when ctx is done, fn
+// returns an error, the recorder has contradicted itself, or the connection is
+// lost: whoever follows must know that it no longer does, and the error then
+// wraps store.ErrUnavailable.
 func (r *Recorder) Follow(ctx context.Context, after int64, fn func(*store.Appended) error) error {
-	pause := 20 * time.Millisecond
-	for {
-		before := after
-		err := r.follow(ctx, &after, fn)
-		var stop stopped
-		switch {
-		case ctx.Err() != nil:
-			return ctx.Err()
-		case errors.As(err, &stop):
-			return stop.error
-		case errors.Is(err, ErrHead):
-			return err
-		case after != before:
-			pause = 20 * time.Millisecond
-		}
-		r.zap.Debug("following the recorder again", zap.Error(err))
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-time.After(pause):
-		}
-		pause = min(2*pause, 2*time.Second)
+	err := r.follow(ctx, &after, fn)
+	var stop stopped
+	switch {
+	case ctx.Err() != nil:
+		return ctx.Err()
+	case errors.As(err, &stop):
+		return stop.error
+	case errors.Is(err, ErrHead):
+		return err
 	}
+	return fmt.Errorf("%w: the recorder is not followed any more: %v", store.ErrUnavailable, err)
 }
 
 // stopped is what fn returned, told apart from what the connection did.

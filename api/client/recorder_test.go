@@ -301,7 +301,7 @@ func TestManyAtOnceAreAllVerifiedAgainstOneLog(t *testing.T) {
 	}
 }
 
-func TestAFollowerSeesWhatComesInOrderAndOverLostConnections(t *testing.T) {
+func TestAFollowerSeesWhatComesInOrderAndLearnsOfALostConnection(t *testing.T) {
 	r := newRecorder(t)
 	url := r.serve(t)
 	w := r.writer(t, client.RecorderConfig{Config: client.Config{URL: url}})
@@ -314,23 +314,28 @@ func TestAFollowerSeesWhatComesInOrderAndOverLostConnections(t *testing.T) {
 		ctx, cancel := context.WithCancel(ctx)
 		got := make(chan store.Proven, 10)
 		ended := make(chan error, 1)
-		go func() {
-			ended <- f.Follow(ctx, a.Entries[0].Index, func(a *store.Appended) error {
+		follow := func(after int64) {
+			ended <- f.Follow(ctx, after, func(a *store.Appended) error {
 				for _, e := range a.Entries {
 					got <- e
 				}
 				return nil
 			})
-		}()
+		}
+		go follow(a.Entries[0].Index)
 		for i := 1; i <= 2; i++ {
 			if e := <-got; e.Index != a.Entries[i].Index {
 				t.Fatalf("%s: index %d, want %d", name, e.Index, a.Entries[i].Index)
 			}
 		}
 		r.record.Drain() // the recorder ends the stream
+		if err := <-ended; !errors.Is(err, store.ErrUnavailable) {
+			t.Fatalf("%s: the stream's end was told as %v", name, err)
+		}
 		live := filepath.Join(r.dir, "ledger")
 		r.ledger.Close()
 		r.start(t, live)
+		go follow(a.Entries[2].Index)
 		second, intent2 := request("req_b"+name[:2], "join b"+name)
 		b, err := w.Append(ctx, alert("nor this"), second, intent2)
 		if err != nil {

@@ -307,6 +307,12 @@ func TestTwoProcessesIssueReloadAndEnd(t *testing.T) {
 		if code := x.cmd.ProcessState.ExitCode(); code != 0 || time.Since(began) > 5*time.Second {
 			t.Errorf("%s ended %s after SIGTERM with exit status %d", x.name, time.Since(began), code)
 		}
+		if x.cmd == p.recorder {
+			eventually(t, "the broker says that it could not issue", func() bool {
+				status, body := p.call("", "GET", p.url+"/readyz", "")
+				return status == 503 && strings.Contains(body, "problems/ledger-unavailable")
+			})
+		}
 	}
 }
 
