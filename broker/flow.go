@@ -394,7 +394,11 @@ func (b *Broker) retry(ctx context.Context, p *plan, r *store.Request) (*Reply, 
 	}
 	b.index.apply(entries...)
 	t, ok := b.index.get(r.ID)
-	if !ok || t.attempt != 1 || t.minting || !t.live && t.cause != CauseUndelivered {
+	cause := t.cause
+	if t.live {
+		cause = t.condemned // it is to end, and Vault has not confirmed it yet
+	}
+	if !ok || t.attempt != 1 || t.minting || cause != CauseUndelivered && (!t.live || cause != "") {
 		return nil, ErrClosed // ended on purpose, or another call was quicker
 	}
 	var request *store.Receipt

@@ -31,6 +31,31 @@ func TestARetryThatVaultDoesNotTakeLeavesTheFirstCredential(t *testing.T) {
 	}
 }
 
+func TestARetryAfterTheStepWasEndedGetsNothingThoughVaultHasNotConfirmedTheEnd(t *testing.T) {
+	w := newWorld(t)
+	b := w.start("broker-1")
+	run := run1()
+	a := ask(run, keyed("k-1"))
+	first, err := b.Request(t.Context(), demoCaller, a)
+	ok(t, err)
+	first.Answered()
+	b.iss.set(func(i *tracing) { i.revoke = func() error { return issuer.ErrVaultUnavailable } })
+	done, err := b.RevokeStep(t.Context(), demoCaller, "step-1", run)
+	ok(t, err)
+	if done.Pending != 1 {
+		t.Fatalf("%+v", done)
+	}
+	_, err = b.Request(t.Context(), demoCaller, a)
+	is(t, err, broker.ErrClosed)
+	b.iss.set(func(i *tracing) { i.revoke = nil })
+	w.until("ended", func() bool { return w.count(store.CredentialRevoked) == 1 })
+	_, err = b.Request(t.Context(), demoCaller, a)
+	is(t, err, broker.ErrClosed)
+	if alive(t, first.Credential.Token) || children(t, run) != 0 {
+		t.Fatal("alive")
+	}
+}
+
 func TestARetryWhoseRecordIsLostHandsNothingOver(t *testing.T) {
 	for _, kept := range []bool{false, true} {
 		t.Run(fmt.Sprintf("kept %v", kept), func(t *testing.T) {
