@@ -196,7 +196,7 @@ func (b *Broker) rebuild(ctx context.Context) error {
 // nil at start. It is what scopes.InForce.OnChange is to be given: where it
 // fails, the old ones stay in force.
 func (b *Broker) PolicyLoaded(ctx context.Context, old, set *scopes.Set) error {
-	s := b.submission(store.PolicyLoaded, &store.Entry{Agent: b.agent()})
+	s := b.submission(store.PolicyLoaded, &store.Entry{Agent: b.agent(), Action: string(store.PolicyLoaded)})
 	d := store.PolicyDetails{Digest: set.Digest(), Catalogue: set.CatalogueDigest(), Policy: set.PolicyDigest()}
 	if old != nil {
 		d.Previous = old.Digest()
