@@ -30,6 +30,8 @@ type askFlags struct {
 	publicKey         string // file
 	key               string // Idempotency-Key
 	wait              time.Duration
+
+	unanswered bool // a call was made, and no answer to it was read
 }
 
 func (f *askFlags) add(cmd *cobra.Command) {
@@ -93,10 +95,12 @@ func (f *askFlags) request(ctx context.Context, b *client.Broker) (*client.Crede
 	}
 	until := time.Now().Add(f.wait)
 	for {
+		f.unanswered = true
 		c, err := b.Credential(ctx, f.step, ask, f.key, max(0, time.Until(until)))
 		if err != nil {
 			return nil, hint(err, "the broker", "COUNTERSIGN_ADDR")
 		}
+		f.unanswered = false
 		if len(c.Credential) > 0 {
 			return c, nil
 		}

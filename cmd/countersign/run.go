@@ -16,6 +16,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/countersign-dev/countersign/api/client"
+	"github.com/countersign-dev/countersign/api/problem"
 )
 
 // closeWithin is how long run tries to report the result and so to end the
@@ -53,7 +54,7 @@ PGUSER and PGPASSWORD. COUNTERSIGN_TOKEN, the orchestrator's own, is taken out.`
 			}
 			c, err := ask.request(cmd.Context(), broker)
 			if err != nil {
-				return errors.Join(err, ask.abandon(cmd.Context(), broker))
+				return errors.Join(err, ask.abandon(cmd.Context(), broker, err))
 			}
 			env, err := credentialEnv(ask.step, c)
 			code := 1
@@ -86,10 +87,12 @@ PGUSER and PGPASSWORD. COUNTERSIGN_TOKEN, the orchestrator's own, is taken out.`
 	return cmd
 }
 
-// abandon ends what a request may have come to whose answer was not waited for.
-func (f *askFlags) abandon(ctx context.Context, b *client.Broker) error {
-	if ctx.Err() == nil {
-		return nil // the broker has answered, and nothing is out
+// abandon ends what a request may have come to whose answer never came: it was
+// not waited for, or the connection broke.
+func (f *askFlags) abandon(ctx context.Context, b *client.Broker, cause error) error {
+	var answer *problem.Problem
+	if !f.unanswered || errors.As(cause, &answer) || errors.Is(cause, syscall.ECONNREFUSED) {
+		return nil // nothing is out
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), closeWithin)
 	defer cancel()
