@@ -216,10 +216,7 @@ func (b *Broker) mint(caller, ctx context.Context, p *plan, m mint) (reply *Repl
 	// A crash between Activate and the reply leaves the same, with its full
 	// TTL.
 	if err := b.Issuer.Activate(ctx, minted); err != nil {
-		b.index.condemn(request, CauseUndelivered)
-		b.finally(func(ctx context.Context) error {
-			return b.end(ctx, request, store.CredentialRevoked, CauseUndelivered)
-		})
+		b.undelivered(request, m.intent)
 		return nil, vaultError(err)
 	}
 	if err := caller.Err(); err != nil {
@@ -227,9 +224,7 @@ func (b *Broker) mint(caller, ctx context.Context, p *plan, m mint) (reply *Repl
 	}
 	if t, ok := b.index.get(request); !ok || !t.live || t.intent != m.intent || t.condemned != "" {
 		// The caller is gone, or the step was ended while this was under way.
-		b.finally(func(ctx context.Context) error {
-			return b.end(ctx, request, store.CredentialRevoked, CauseUndelivered)
-		})
+		b.undelivered(request, m.intent)
 		if err := caller.Err(); err != nil {
 			return nil, err
 		}
@@ -253,6 +248,20 @@ func (b *Broker) mint(caller, ctx context.Context, p *plan, m mint) (reply *Repl
 		reply.Receipt = r.TlogProof()
 	}
 	return reply, nil
+}
+
+// undelivered ends what was issued and is not handed over, as far as it can
+// now; the keeper goes on. Where the step was ended meanwhile, that is why.
+// Where another intent has taken its place, it is ended already.
+func (b *Broker) undelivered(request, intent string) {
+	if t, ok := b.index.get(request); !ok || t.intent != intent {
+		return
+	}
+	b.index.condemn(request, CauseUndelivered)
+	t, _ := b.index.get(request)
+	b.finally(func(ctx context.Context) error {
+		return b.end(ctx, request, store.CredentialRevoked, t.condemned)
+	})
 }
 
 // failed puts on record that an intent came to nothing, and returns what the

@@ -1,6 +1,7 @@
 package broker_test
 
 import (
+	"context"
 	"fmt"
 	"testing"
 
@@ -54,6 +55,31 @@ func TestARetryAfterTheStepWasEndedGetsNothingThoughVaultHasNotConfirmedTheEnd(t
 	if alive(t, first.Credential.Token) || children(t, run) != 0 {
 		t.Fatal("alive")
 	}
+}
+
+func TestARetryAfterTheStepWasEndedDuringItsMintGetsNothing(t *testing.T) {
+	w := newWorld(t)
+	b := w.start("broker-1")
+	run := run1()
+	a := ask(run, keyed("k-1"))
+	b.iss.set(func(i *tracing) {
+		i.mint = func() error {
+			done, err := b.RevokeStep(context.Background(), demoCaller, "step-1", run)
+			if err != nil || done.Pending != 1 {
+				t.Errorf("ending the step: %+v, %v", done, err)
+			}
+			return nil
+		}
+	})
+	_, err := b.Request(t.Context(), demoCaller, a)
+	is(t, err, broker.ErrClosed)
+	b.iss.set(func(i *tracing) { i.mint = nil })
+	w.until("revoked", func() bool { return w.count(store.CredentialRevoked) == 1 && children(t, run) == 0 })
+	if e := w.last(store.CredentialRevoked); *e.Cause != broker.CauseRequested {
+		t.Errorf("cause %s", *e.Cause)
+	}
+	_, err = b.Request(t.Context(), demoCaller, a)
+	is(t, err, broker.ErrClosed)
 }
 
 func TestARetryWhoseRecordIsLostHandsNothingOver(t *testing.T) {
