@@ -85,9 +85,10 @@ type Broker struct {
 	index *index
 	calls *calls
 
-	gate      sync.Mutex     // guards draining against work, and tries
-	tries     map[string]try // by request
-	announced atomic.Bool    // policy.loaded is on record
+	gate      sync.Mutex                // guards draining against work, and tries
+	tries     map[string]try            // by request
+	announced atomic.Bool               // policy.loaded is on record
+	stateSeen atomic.Pointer[time.Time] // when Redis was last seen whole
 
 	ctx      context.Context // ends when the broker has drained
 	cancel   context.CancelFunc

@@ -7,6 +7,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"sync"
 	"time"
 
 	"go.uber.org/zap"
@@ -199,11 +200,19 @@ func (b *Broker) mint(caller, ctx context.Context, p *plan, m mint) (reply *Repl
 	minted.Issued.Intent, minted.Issued.Attempt = m.intent, m.attempt
 	s := b.submission(store.CredentialIssued, m.story)
 	s.SetDetails(minted.Issued)
+	// Noted beside the append, not after it: where the append fails the keeper
+	// finds that the ledger does not know the credential, and forgets the note.
+	var noted sync.WaitGroup
+	noted.Go(func() {
+		b.note(inflight.Request{ID: request, Orchestrator: m.story.Orchestrator, Run: m.story.Run, Step: m.story.Step,
+			Scope: m.story.Action, Status: string(store.StatusIssued), Expires: minted.Issued.Expires.Time})
+	})
 	// A crash after this append leaves a live credential whose holder never got
 	// it: a retry under the same key revokes it, or it ends by its first TTL
 	// and is closed when it is due.
 	app, err := b.append(ctx, s)
 	if err != nil {
+		noted.Wait()
 		// Whether it is on record is not known, so it must not be handed over.
 		// Where the recorder has it after all, the keeper finds it condemned.
 		b.index.condemn(request, CauseUndelivered)
@@ -230,16 +239,11 @@ func (b *Broker) mint(caller, ctx context.Context, p *plan, m mint) (reply *Repl
 		}
 		return nil, ErrClosed
 	}
-	b.note(inflight.Request{ID: request, Orchestrator: m.story.Orchestrator, Run: m.story.Run, Step: m.story.Step,
-		Scope: m.story.Action, Status: string(store.StatusIssued), Expires: minted.Issued.Expires.Time})
-	issued, err := store.ParseLeaf(app.Entries[0].Leaf)
-	if err != nil {
-		return nil, err
-	}
+	noted.Wait()
 	hash := store.LeafHash(app.Entries[0].Leaf)
 	reply = &Reply{
 		Request: request, Step: m.story.Step, Run: m.story.Run, Identity: m.story.Agent, Scope: m.story.Action, Target: m.story.Resource,
-		Credential: minted.Credential, IssuedAt: issued.Time.Time, Expires: minted.Issued.Expires.Time,
+		Credential: minted.Credential, IssuedAt: s.Time.Time, Expires: minted.Issued.Expires.Time,
 		Index: app.Entries[0].Index, LeafHash: base64.StdEncoding.EncodeToString(hash[:]),
 		Answered: func() { b.calls.answered(request, b.Now()) },
 	}
@@ -479,9 +483,12 @@ func (b *Broker) append(ctx context.Context, subs ...*store.Submission) (*store.
 	if len(app.Entries) != len(subs) {
 		return nil, fmt.Errorf("%w: the recorder answered %d entries for %d", store.ErrUnavailable, len(app.Entries), len(subs))
 	}
-	entries, err := parse(app)
-	if err != nil {
-		return nil, unavailable(err)
+	entries := make([]placed, len(subs))
+	for i, s := range subs {
+		if err := s.Accept(app.Entries[i].Leaf); err != nil {
+			return nil, unavailable(err)
+		}
+		entries[i] = placed{&s.Entry, app.Entries[i].Index}
 	}
 	b.index.acknowledged(entries...)
 	return app, nil
@@ -538,20 +545,32 @@ func (b *Broker) state(ctx context.Context) error {
 			return ctx.Err()
 		}
 	}
+	// Looked at anew only after a while: a Redis that went in between is found
+	// by the next look, and decides nothing until then.
+	if at := b.stateSeen.Load(); at != nil && time.Since(*at) < stateFresh {
+		return nil
+	}
 	gen, err := b.Inflight.Generation(ctx)
+	if err == nil && gen == "" {
+		err = b.rebuild(ctx)
+	}
 	if err != nil {
+		b.stateSeen.Store(nil)
 		return err
 	}
-	if gen == "" {
-		return b.rebuild(ctx)
-	}
+	now := time.Now()
+	b.stateSeen.Store(&now)
 	return nil
 }
+
+// stateFresh is how long one look at Redis serves all calls.
+const stateFresh = 50 * time.Millisecond
 
 // note tells the other brokers where a request stands. Redis is no more than
 // quick: where it does not answer, they learn it from the ledger.
 func (b *Broker) note(r inflight.Request) {
 	if err := b.Inflight.Put(b.ctx, r); err != nil {
+		b.stateSeen.Store(nil)
 		b.Log.Warn("state not noted", zap.String("request", r.ID), zap.Error(err))
 	}
 }

@@ -263,6 +263,41 @@ func (s *Submission) Stamp(writer string, now Time) ([]byte, error) {
 	return leaf, nil
 }
 
+// Accept takes the recorder's stamps from leaf, and reports whether leaf is
+// otherwise s to the byte. Once accepted, s is the entry that is on record. To
+// accept the same leaf again changes nothing. Errors wrap ErrMalformed.
+func (s *Submission) Accept(leaf []byte) error {
+	var stamp struct {
+		Time   Time   `json:"time"`
+		Writer string `json:"writer"`
+	}
+	// The stamps stand before everything that a writer chooses freely, so that
+	// there is no need to read the whole leaf.
+	const first, after = `,"time":`, `,"writer_time":`
+	from := bytes.Index(leaf, []byte(first))
+	to := bytes.Index(leaf, []byte(after))
+	if from < 0 || to < from {
+		return fmt.Errorf("%w: a leaf without stamps", ErrMalformed)
+	}
+	if err := json.Unmarshal(append(append([]byte("{"), leaf[from+1:to]...), '}'), &stamp); err != nil {
+		return fmt.Errorf("%w: stamps: %v", ErrMalformed, err)
+	}
+	if stamp.Time.IsZero() || stamp.Writer == "" {
+		return fmt.Errorf("%w: stamped with writer %q and time %q", ErrMalformed, stamp.Writer, stamp.Time)
+	}
+	want := s.Entry
+	want.Time, want.Writer = stamp.Time, stamp.Writer
+	b, err := want.Marshal()
+	if err != nil {
+		return fmt.Errorf("%w: %v", ErrMalformed, err)
+	}
+	if !bytes.Equal(b, leaf) {
+		return fmt.Errorf("%w: what is on record is not what was submitted", ErrMalformed)
+	}
+	s.Entry.Time, s.Entry.Writer = stamp.Time, stamp.Writer
+	return nil
+}
+
 // Marshal encodes e deterministically: members in the order of the struct,
 // map keys sorted.
 func (e *Entry) Marshal() ([]byte, error) { return json.Marshal(e, json.Deterministic(true)) }

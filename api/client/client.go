@@ -25,8 +25,8 @@ type Config struct {
 	// Token returns the bearer token of a call; nil: none, as with mTLS. It
 	// is asked anew each time, so that a rotated one is used at once.
 	Token func() (string, error)
-	// Transport carries the calls: with a client certificate for mTLS, or in
-	// process (HandlerTransport). Nil: http.DefaultTransport.
+	// Transport carries the calls, with a client certificate for mTLS. Nil:
+	// http.DefaultTransport.
 	Transport http.RoundTripper
 }
 

@@ -105,7 +105,7 @@ func (r *recorder) writer(t testing.TB, c client.RecorderConfig) *client.Recorde
 	if c.URL == "" {
 		c.URL = "http://recorder.internal"
 		if c.Transport == nil {
-			c.Transport = client.HandlerTransport(r)
+			c.Transport = inProcess(r)
 		}
 	}
 	c.Token, c.Log = client.Token(r.tokens[auth.Writer]), r.log

@@ -45,9 +45,9 @@ type heads struct {
 	wrote  chan struct{}
 }
 
-// errNoProof is wrapped by prove when the recorder says that its log does not
+// ErrNoProof is wrapped when the recorder says that its log does not
 // reach so far.
-var errNoProof = errors.New("the recorder's log does not reach so far")
+var ErrNoProof = errors.New("the recorder's log does not reach so far")
 
 // maxKnown bounds the memory of heads. Only those of acknowledgements under way
 // are asked for again.
@@ -168,7 +168,7 @@ func (h *heads) link(ctx context.Context, last, c tlog.Tree, from int64, proof t
 	}
 	if from != last.N || proof == nil || newer.N != c.N {
 		var err error
-		if proof, err = h.prove(ctx, older.N, newer.N); errors.Is(err, errNoProof) {
+		if proof, err = h.prove(ctx, older.N, newer.N); errors.Is(err, ErrNoProof) {
 			return h.contradiction(fmt.Errorf("it showed a head of %d entries, and now has fewer", newer.N))
 		} else if err != nil {
 			return err

@@ -1,18 +1,12 @@
 package client
 
 import (
-	"bufio"
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"net/http"
-	"net/url"
-	"strconv"
 	"time"
 
-	"github.com/go-json-experiment/json"
 	"go.uber.org/zap"
 	"golang.org/x/mod/sumdb/tlog"
 
@@ -51,6 +45,7 @@ type Consistency struct {
 // believes it.
 type RecorderConfig struct {
 	Config
+	Local    Service            // the recorder, where it is in this process; then Config is of no use
 	Log      *store.LogVerifier // the log's key, configured beforehand
 	HeadFile string             // keeps the last head seen; empty: in memory alone, for tests
 	Writer   string             // the name this writer is on record by; empty: not checked
@@ -60,12 +55,26 @@ type RecorderConfig struct {
 	Logger   *zap.Logger
 }
 
+// Service is the recorder as its writers reach it: over HTTP, or in one
+// process. Each call is one attempt, and nothing that it returns is believed.
+// seen is the size of the last head seen, from which on the answer's checkpoint
+// is to be proved, 0 for none.
+type Service interface {
+	Append(ctx context.Context, lines [][]byte, seen int64) (*Ack, error)
+	Open(ctx context.Context, request string, seen int64) (*Ack, error)
+	// Consistency fails with ErrNoProof where the log does not reach so far.
+	Consistency(ctx context.Context, from, to int64) (tlog.TreeProof, error)
+	// Follow calls fn with what comes after the entry with the given index, and
+	// with nil now and then when nothing does.
+	Follow(ctx context.Context, after int64, fn func(*Ack) error) error
+}
+
 // Recorder is a writer's access to the record. It believes no answer: it checks
 // the log's signature, that every entry is in the log and is what was
 // submitted, and that the log continues the one it has seen before. It is safe
 // for concurrent use.
 type Recorder struct {
-	conn     *conn
+	service  Service
 	log      *store.LogVerifier
 	heads    *heads
 	writer   string
@@ -75,9 +84,13 @@ type Recorder struct {
 
 // NewRecorder reads the head file; the recorder is not contacted.
 func NewRecorder(c RecorderConfig) (*Recorder, error) {
-	n, err := dial(c.Config)
-	if err != nil {
-		return nil, fmt.Errorf("recorder: %w", err)
+	service := c.Local
+	if service == nil {
+		n, err := dial(c.Config)
+		if err != nil {
+			return nil, fmt.Errorf("recorder: %w", err)
+		}
+		service = remote{n}
 	}
 	if c.Log == nil {
 		return nil, errors.New("recorder: the log's key is not set")
@@ -89,7 +102,7 @@ func NewRecorder(c RecorderConfig) (*Recorder, error) {
 	if err != nil {
 		return nil, err
 	}
-	r := &Recorder{conn: n, log: c.Log, heads: h, writer: c.Writer, deadline: c.Deadline, zap: c.Logger}
+	r := &Recorder{service: service, log: c.Log, heads: h, writer: c.Writer, deadline: c.Deadline, zap: c.Logger}
 	if r.deadline == 0 {
 		r.deadline = 3 * time.Second
 	}
@@ -109,18 +122,17 @@ func (r *Recorder) Close() error {
 // store.ErrMalformed where the recorder refused; all others wrap
 // store.ErrUnavailable: then it is not known whether the entries are on record.
 func (r *Recorder) Append(ctx context.Context, subs ...*store.Submission) (*store.Appended, error) {
-	var body bytes.Buffer
-	for _, s := range subs {
-		b, err := s.Marshal()
-		if err != nil {
+	lines := make([][]byte, len(subs))
+	for i, s := range subs {
+		var err error
+		if lines[i], err = s.Marshal(); err != nil {
 			return nil, fmt.Errorf("%w: %v", store.ErrMalformed, err)
 		}
-		body.Write(b)
-		body.WriteByte('\n')
 	}
 	ctx, cancel := context.WithTimeout(ctx, r.deadline)
 	defer cancel()
-	return r.entries(ctx, call{method: http.MethodPost, path: "/append", body: body.Bytes(), contentType: NDJSON}, func(a *store.Appended) error {
+	once := func(ctx context.Context, seen int64) (*Ack, error) { return r.service.Append(ctx, lines, seen) }
+	return r.entries(ctx, once, func(a *store.Appended) error {
 		if len(a.Entries) != len(subs) {
 			return fmt.Errorf("%d entries acknowledged, %d submitted", len(a.Entries), len(subs))
 		}
@@ -133,23 +145,13 @@ func (r *Recorder) Append(ctx context.Context, subs ...*store.Submission) (*stor
 	})
 }
 
-// same reports whether leaf is s with the recorder's stamps.
+// same reports whether leaf is s with the recorder's stamps, and sets them.
 func (r *Recorder) same(s *store.Submission, leaf []byte) error {
-	got, err := store.ParseLeaf(leaf)
-	if err != nil {
+	if err := s.Accept(leaf); err != nil {
 		return err
 	}
-	if got.Time.IsZero() || got.Writer == "" || r.writer != "" && got.Writer != r.writer {
-		return fmt.Errorf("stamped with writer %q and time %q", got.Writer, got.Time)
-	}
-	want := s.Entry
-	want.Time, want.Writer = got.Time, got.Writer
-	b, err := want.Marshal()
-	if err != nil {
-		return err
-	}
-	if !bytes.Equal(b, leaf) {
-		return errors.New("what is on record is not what was submitted")
+	if r.writer != "" && s.Writer != r.writer {
+		return fmt.Errorf("stamped with writer %q", s.Writer)
 	}
 	return nil
 }
@@ -159,41 +161,26 @@ func (r *Recorder) same(s *store.Submission, leaf []byte) error {
 func (r *Recorder) Open(ctx context.Context, request string) (*store.Appended, error) {
 	ctx, cancel := context.WithTimeout(ctx, max(r.deadline, 30*time.Second))
 	defer cancel()
-	q := url.Values{}
-	if request != "" {
-		q.Set("request", request)
-	}
-	return r.entries(ctx, call{method: http.MethodGet, path: "/open", query: q}, func(*store.Appended) error { return nil })
+	once := func(ctx context.Context, seen int64) (*Ack, error) { return r.service.Open(ctx, request, seen) }
+	return r.entries(ctx, once, func(*store.Appended) error { return nil })
 }
 
 // entries makes a call that answers with entries, and verifies all of it.
-func (r *Recorder) entries(ctx context.Context, k call, check func(*store.Appended) error) (*store.Appended, error) {
+func (r *Recorder) entries(ctx context.Context, once func(context.Context, int64) (*Ack, error), check func(*store.Appended) error) (*store.Appended, error) {
 	var (
-		ack  Ack
+		ack  *Ack
 		seen int64
 	)
-	err := r.try(ctx, func(ctx context.Context) error {
-		ack = Ack{}
-		var err error
-		if seen, err = r.heads.size(); err != nil {
-			return err
+	err := r.try(ctx, func(ctx context.Context) (err error) {
+		if seen, err = r.heads.size(); err == nil {
+			ack, err = once(ctx, seen)
 		}
-		if seen > 0 {
-			k.header = http.Header{HeaderSeen: {strconv.FormatInt(seen, 10)}}
-		}
-		_, b, err := r.conn.do(ctx, k)
-		if err != nil {
-			return err
-		}
-		if err := json.Unmarshal(b, &ack); err != nil {
-			return fmt.Errorf("%w: the acknowledgement does not decode", errAnswer)
-		}
-		return nil
+		return err
 	})
 	if err != nil {
 		return nil, err
 	}
-	if err := r.verify(ctx, &ack, seen); err != nil {
+	if err := r.verify(ctx, ack, seen); err != nil {
 		return nil, err
 	}
 	if err := check(&ack.Appended); err != nil {
@@ -220,23 +207,12 @@ func (r *Recorder) verify(ctx context.Context, a *Ack, seen int64) error {
 }
 
 // consistency fetches the proof between two heads.
-func (r *Recorder) consistency(ctx context.Context, from, to int64) (tlog.TreeProof, error) {
-	var c Consistency
-	err := r.try(ctx, func(ctx context.Context) error {
-		q := url.Values{"from": {strconv.FormatInt(from, 10)}, "to": {strconv.FormatInt(to, 10)}}
-		_, b, err := r.conn.do(ctx, call{method: http.MethodGet, path: "/consistency", query: q})
-		if p, ok := problem.IsSlug(err, problem.SlugNotFound); ok {
-			return fmt.Errorf("%w: %w", errNoProof, p)
-		}
-		if err != nil {
-			return err
-		}
-		if json.Unmarshal(b, &c) != nil {
-			return errAnswer
-		}
-		return nil
+func (r *Recorder) consistency(ctx context.Context, from, to int64) (proof tlog.TreeProof, err error) {
+	err = r.try(ctx, func(ctx context.Context) (err error) {
+		proof, err = r.service.Consistency(ctx, from, to)
+		return err
 	})
-	return c.Proof, err
+	return proof, err
 }
 
 // errAnswer is an answer that is cut off or garbled: as good as lost.
@@ -266,8 +242,11 @@ func (r *Recorder) try(ctx context.Context, fn func(context.Context) error) erro
 // wrapped: they are about the writer, and must not reach the writer's callers
 // as if they were about them.
 func refusal(err error) (error, bool) {
-	if errors.Is(err, ErrHead) || errors.Is(err, errNoProof) {
+	if errors.Is(err, ErrHead) || errors.Is(err, ErrNoProof) || errors.Is(err, store.ErrConflict) || errors.Is(err, store.ErrMalformed) {
 		return err, true
+	}
+	if oe, ok := store.IsOrder(err); ok {
+		return oe, true
 	}
 	var p *problem.Problem
 	if !errors.As(err, &p) {
@@ -316,35 +295,18 @@ func (r *Recorder) follow(ctx context.Context, after *int64, fn func(*store.Appe
 	// Three heartbeats missed: the recorder, or the way to it, is gone.
 	silence := time.AfterFunc(3*Heartbeat, cancel)
 	defer silence.Stop()
-	resp, err := r.conn.send(ctx, call{method: http.MethodGet, path: "/follow", query: url.Values{"after": {strconv.FormatInt(*after, 10)}}})
-	if err != nil {
+	// A contradiction that another call met ends this one too.
+	contradicted := func() error { _, err := r.heads.size(); return err }
+	if err := contradicted(); err != nil {
 		return err
 	}
-	defer resp.Body.Close()
-	if resp.StatusCode != http.StatusOK {
-		b, _ := readAll(resp)
-		return problem.Read(resp.StatusCode, resp.Header.Get("Content-Type"), b)
-	}
-	lines := bufio.NewReaderSize(resp.Body, 64<<10)
-	for {
-		// A contradiction that another call met ends this one too.
-		if _, err := r.heads.size(); err != nil {
-			return err
-		}
-		line, err := readLine(lines, maxAnswer)
-		if err != nil {
-			return err
-		}
+	return r.service.Follow(ctx, *after, func(ack *Ack) error {
 		silence.Reset(3 * Heartbeat)
-		if len(line) == 0 {
-			continue
-		}
-		var ack Ack
-		if err := json.Unmarshal(line, &ack); err != nil {
-			return errAnswer
+		if ack == nil {
+			return contradicted()
 		}
 		checked, cancel := context.WithTimeout(ctx, r.deadline)
-		err = r.verify(checked, &ack, 0)
+		err := r.verify(checked, ack, 0)
 		cancel()
 		if err != nil {
 			return err
@@ -360,27 +322,6 @@ func (r *Recorder) follow(ctx context.Context, after *int64, fn func(*store.Appe
 			return stopped{err}
 		}
 		silence.Reset(3 * Heartbeat)
-	}
-}
-
-// readLine returns the next line without its newline, at most limit bytes. A
-// line without newline is one that broke off.
-func readLine(r *bufio.Reader, limit int) ([]byte, error) {
-	var line []byte
-	for {
-		part, err := r.ReadSlice('\n')
-		if len(line)+len(part) > limit {
-			return nil, errors.New("a line is too long")
-		}
-		line = append(line, part...)
-		switch {
-		case err == nil:
-			return line[:len(line)-1], nil
-		case errors.Is(err, bufio.ErrBufferFull):
-		case errors.Is(err, io.EOF) && len(line) > 0:
-			return nil, io.ErrUnexpectedEOF
-		default:
-			return nil, err
-		}
-	}
+		return contradicted()
+	})
 }

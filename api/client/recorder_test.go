@@ -116,7 +116,7 @@ func TestALostAnswerIsAskedForAgainAndTheEntryIsTakenOnce(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			r := newRecorder(t)
-			l := &losing{next: client.HandlerTransport(r.handler), how: how}
+			l := &losing{next: inProcess(r.handler), how: how}
 			w := r.writer(t, client.RecorderConfig{Config: client.Config{Transport: l}})
 			l.times.Store(2)
 			if _, err := w.Append(ctx, alert("once")); err != nil {
@@ -181,7 +181,7 @@ func TestAFalseAcknowledgementIsRefused(t *testing.T) {
 		if _, err := r.writer(t, client.RecorderConfig{}).Append(ctx, alert("first")); err != nil {
 			t.Fatal(err)
 		}
-		w := r.writer(t, client.RecorderConfig{Config: client.Config{Transport: altering{client.HandlerTransport(r.handler), how}}})
+		w := r.writer(t, client.RecorderConfig{Config: client.Config{Transport: altering{inProcess(r.handler), how}}})
 		if _, err := w.Append(ctx, alert("one"), alert("three")); !errors.Is(err, store.ErrUnavailable) {
 			t.Errorf("%s: %v", name, err)
 		}
@@ -200,7 +200,7 @@ func TestAnAcknowledgementMustContinueTheHeadThatWasSeen(t *testing.T) {
 			t.Fatal(err)
 		}
 		w.Close()
-		w = r.writer(t, client.RecorderConfig{HeadFile: head, Config: client.Config{Transport: altering{client.HandlerTransport(r.handler), how}}})
+		w = r.writer(t, client.RecorderConfig{HeadFile: head, Config: client.Config{Transport: altering{inProcess(r.handler), how}}})
 		if _, err := w.Append(ctx, alert("d")); !errors.Is(err, client.ErrHead) {
 			t.Errorf("%s: %v", name, err)
 		}

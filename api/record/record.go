@@ -128,24 +128,32 @@ func (s *Server) open(w http.ResponseWriter, r *http.Request) {
 // A seen size beyond the head gets no proof: the writer has seen a longer log
 // than this one, and finds that out by itself.
 func (s *Server) answer(w http.ResponseWriter, r *http.Request, a *store.Appended, seen int64) {
-	ack := client.Ack{Appended: *a}
-	if seen > 0 {
-		n, err := headSize(a.Checkpoint)
-		if err == nil && seen < n {
-			ack.Consistency, err = s.ledger.Consistency(r.Context(), seen, n)
-		}
-		if err != nil {
-			problem.Write(w, r, fmt.Errorf("proof of consistency: %w", err))
-			return
-		}
+	ack, err := acknowledge(r.Context(), s.ledger, a, seen)
+	if err != nil {
+		problem.Write(w, r, err)
+		return
 	}
-	b, err := json.Marshal(&ack)
+	b, err := json.Marshal(ack)
 	if err != nil {
 		problem.Write(w, r, err)
 		return
 	}
 	w.Header().Set("Content-Type", "application/json")
 	_, _ = w.Write(b)
+}
+
+func acknowledge(ctx context.Context, l *ledger.Ledger, a *store.Appended, seen int64) (*client.Ack, error) {
+	ack := &client.Ack{Appended: *a}
+	if seen > 0 {
+		n, err := headSize(a.Checkpoint)
+		if err == nil && seen < n {
+			ack.Consistency, err = l.Consistency(ctx, seen, n)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("proof of consistency: %w", err)
+		}
+	}
+	return ack, nil
 }
 
 // headSize reads the tree size of a checkpoint that the ledger itself signed.

@@ -24,6 +24,7 @@ import (
 
 	"github.com/countersign-dev/countersign/api/auth"
 	"github.com/countersign-dev/countersign/api/client"
+	"github.com/countersign-dev/countersign/api/record"
 	"github.com/countersign-dev/countersign/api/server"
 	"github.com/countersign-dev/countersign/issuer"
 	"github.com/countersign-dev/countersign/issuer/vaultdev"
@@ -183,7 +184,7 @@ func runDev(ctx context.Context, f devFlags) error {
 	defer stopVault()
 	r.Vault.Addr, r.Vault.Token = vault.addr, vault.token
 
-	m, err := openDevBroker(ctx, files, people, r.API, r.writer, vault, set, log.Named("broker"))
+	m, err := openDevBroker(ctx, files, people, r.API, vault, set, log.Named("broker"))
 	if err != nil {
 		return err
 	}
@@ -427,12 +428,12 @@ func openDevVault(ctx context.Context, f devFlags, set *scopes.InForce, logKey s
 }
 
 // openDevBroker opens the machines' side over the people's side of the same
-// process. Between them is the recorder's own handler, with the same identity,
-// the same proofs and the same checks as between two hosts, and no network.
-func openDevBroker(ctx context.Context, f *devFiles, p *people, api, writer string, v devVault, set *scopes.InForce, log *zap.Logger) (*machines, error) {
+// process. Between them are the same proofs and the same checks as between two
+// hosts, and no network.
+func openDevBroker(ctx context.Context, f *devFiles, p *people, api string, v devVault, set *scopes.InForce, log *zap.Logger) (*machines, error) {
 	recorder, err := client.NewRecorder(client.RecorderConfig{
-		Config: client.Config{URL: "http://recorder", Token: client.Token(writer), Transport: client.HandlerTransport(p.handler)},
-		Log:    f.logKey, HeadFile: filepath.Join(f.dir, "broker-head"), Writer: devWriter, Logger: log.Named("recorder-client"),
+		Local: record.Local{Ledger: p.ledger, Name: devWriter},
+		Log:   f.logKey, HeadFile: filepath.Join(f.dir, "broker-head"), Writer: devWriter, Logger: log.Named("recorder-client"),
 	})
 	if err != nil {
 		return nil, err

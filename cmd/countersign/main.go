@@ -9,13 +9,21 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"runtime/debug"
 	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
 )
 
-func main() { os.Exit(run()) }
+func main() {
+	// The heap is small and its garbage plenty: collecting at four times what
+	// is live costs tens of megabytes and saves a tenth of the processor's time.
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(400)
+	}
+	os.Exit(run())
+}
 
 // run is main without its exit, so that script tests can call it.
 func run() int {

@@ -36,7 +36,7 @@ type Options struct {
 	// Timeout bounds each call; 1 s by default.
 	Timeout time.Duration
 	// StatusLife is how long the status of a request that is no longer open is
-	// kept; 24 h by default.
+	// kept; by default 24 h, and 1 h in this process's own memory.
 	StatusLife time.Duration
 }
 
@@ -47,6 +47,7 @@ type Store struct {
 	timeout time.Duration
 	life    time.Duration
 	mini    *miniredis.Miniredis // nil: a real server
+	puts    chan *putting
 	stop    chan struct{}
 	done    sync.WaitGroup
 }
@@ -73,7 +74,7 @@ func (silent) Printf(context.Context, string, ...any) {}
 // Open connects to Redis, or starts the embedded one. It does not fail where
 // the server cannot be reached: calls do, until it can.
 func Open(o Options) (*Store, error) {
-	s := &Store{prefix: o.Prefix, timeout: o.Timeout, life: o.StatusLife, stop: make(chan struct{})}
+	s := &Store{prefix: o.Prefix, timeout: o.Timeout, life: o.StatusLife, stop: make(chan struct{}), puts: make(chan *putting, 256)}
 	if s.prefix == "" {
 		s.prefix = "countersign:"
 	}
@@ -82,6 +83,9 @@ func Open(o Options) (*Store, error) {
 	}
 	if s.life <= 0 {
 		s.life = 24 * time.Hour
+		if o.URL == "" {
+			s.life = time.Hour
+		}
 	}
 	opt := &redis.Options{}
 	if o.URL == "" {
@@ -104,13 +108,15 @@ func Open(o Options) (*Store, error) {
 	opt.DisableIdentity = true
 	opt.MaintNotificationsConfig = &maintnotifications.Config{Mode: maintnotifications.ModeDisabled}
 	s.c = redis.NewClient(opt)
+	s.done.Go(s.putLoop)
 	return s, nil
 }
 
 // driveClock moves the embedded Redis's clock: miniredis lets keys expire only
 // when it is told that time has passed.
 func (s *Store) driveClock() {
-	const step = 100 * time.Millisecond
+	// Each step costs a look at every key, and no key's life is that short.
+	const step = time.Second
 	t := time.NewTicker(step)
 	defer t.Stop()
 	last := time.Now()
@@ -195,17 +201,73 @@ func (s *Store) Rebuild(ctx context.Context, generation string, live []Request) 
 
 // Put notes where a request stands and wakes those who wait for it. A live
 // credential (Expires set) joins the due list and its step's set; any other
-// status takes it off both.
+// status takes it off both. What is put while a round trip to Redis is under
+// way shares the next one.
 func (s *Store) Put(ctx context.Context, r Request) error {
-	return s.call(ctx, "note a request", func(ctx context.Context) error {
-		p := s.c.Pipeline()
-		if err := s.put(ctx, p, r); err != nil {
-			return err
-		}
-		p.Publish(ctx, s.key("wake", r.ID), r.Status)
-		_, err := p.Exec(ctx)
+	p := &putting{Request: r, done: make(chan error, 1)}
+	select {
+	case s.puts <- p:
+	case <-s.stop:
+		return fmt.Errorf("%w: closed", ErrUnavailable)
+	case <-ctx.Done():
+		return fmt.Errorf("%w: note a request: %v", ErrUnavailable, ctx.Err())
+	}
+	select {
+	case err := <-p.done:
 		return err
-	})
+	case <-s.stop:
+		return fmt.Errorf("%w: closed", ErrUnavailable)
+	case <-ctx.Done():
+		return fmt.Errorf("%w: note a request: %v", ErrUnavailable, ctx.Err())
+	}
+}
+
+// putting is a Put on its way to Redis.
+type putting struct {
+	Request
+	done chan error
+}
+
+// putLoop sends what was put, all that has come by then in one round trip.
+func (s *Store) putLoop() {
+	for {
+		var batch []*putting
+		select {
+		case p := <-s.puts:
+			batch = append(batch, p)
+		case <-s.stop:
+			for {
+				select {
+				case p := <-s.puts:
+					p.done <- fmt.Errorf("%w: closed", ErrUnavailable)
+				default:
+					return
+				}
+			}
+		}
+		for more := true; more && len(batch) < cap(s.puts); {
+			select {
+			case p := <-s.puts:
+				batch = append(batch, p)
+			default:
+				more = false
+			}
+		}
+		err := s.call(context.Background(), "note a request", func(ctx context.Context) error {
+			pipe := s.c.Pipeline()
+			for _, p := range batch {
+				if err := s.put(ctx, pipe, p.Request); err != nil {
+					return err
+				}
+				pipe.Publish(ctx, s.key("wake", p.ID), p.Status)
+			}
+			_, err := pipe.Exec(ctx)
+			return err
+		})
+		for _, p := range batch {
+			p.done <- err
+		}
+	}
 }
 
 func (s *Store) put(ctx context.Context, p redis.Pipeliner, r Request) error {

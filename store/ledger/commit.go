@@ -6,6 +6,7 @@ import (
 	"database/sql"
 	"fmt"
 	"maps"
+	"runtime"
 	"strings"
 	"time"
 
@@ -192,6 +193,13 @@ func (l *Ledger) writeLoop() {
 			batch = append(batch, g)
 		case <-l.ctx.Done():
 			return // Append looks after what is still queued
+		}
+		// Whoever is ready to run goes first, and may join this batch: where the
+		// processors are busy a commit for few costs as much as one for many,
+		// and where they are idle this returns at once.
+		for queued := -1; queued < len(l.queue) && queued < maxBatch; {
+			queued = len(l.queue)
+			runtime.Gosched()
 		}
 		n := len(batch[0].lines)
 	drain:

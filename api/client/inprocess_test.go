@@ -1,4 +1,4 @@
-package client
+package client_test
 
 import (
 	"bytes"
@@ -11,13 +11,13 @@ import (
 	"sync"
 )
 
-// HandlerTransport returns a transport that calls h in this process, without a
-// socket: how dev joins broker and recorder. The whole protocol is spoken, and
+// inProcess returns a transport that calls h in this process, without a
+// socket. The whole protocol is spoken, and
 // answers stream: a flush makes what was written so far readable. As behind a
 // socket, h sees when its caller goes, and nothing else of the caller's
 // context: not the route, nor the principal, of the call that this one is part
 // of.
-func HandlerTransport(h http.Handler) http.RoundTripper { return handlerTransport{h} }
+func inProcess(h http.Handler) http.RoundTripper { return handlerTransport{h} }
 
 type handlerTransport struct{ h http.Handler }
 
