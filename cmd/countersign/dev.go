@@ -13,6 +13,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"syscall"
 	"time"
 
@@ -345,6 +346,9 @@ func devScopes(dir, postgres string) (*scopes.InForce, error) {
 			return nil, errors.New("--postgres is not a DSN such as postgres://user:password@127.0.0.1:5432/db") // the error would quote it
 		}
 		orders = &scopes.Connection{Host: c.Host, Port: int(c.Port), Database: c.Database}
+		if strings.HasPrefix(c.Host, "/") { // the server's socket on this machine; steps connect over TCP
+			orders.Host = "127.0.0.1"
+		}
 	}
 	path := filepath.Join(dir, "catalogue.yaml")
 	if err := replaceFile(path, scopes.Demo(orders)); err != nil {

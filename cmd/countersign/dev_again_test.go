@@ -2,6 +2,7 @@ package main
 
 import (
 	"encoding/json"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -98,5 +99,17 @@ func TestNoDatabaseRoleOutlivesTheVaultThatDevStarted(t *testing.T) {
 	status, body := again.call(again.Orchestrators[0].Token, "DELETE", again.API+"/steps/s2/credential?run=run-1", "")
 	if status != 200 || !strings.Contains(body, `"revoked":1`) {
 		t.Errorf("ending it on record: %d %s", status, body)
+	}
+}
+
+func TestDevTakesADSNThatLeavesTLSToTheServer(t *testing.T) {
+	u, err := url.Parse(vaulttest.Postgres(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	u.RawQuery = "" // sslmode=prefer, and the test's server has no TLS
+	r := startDev(t, t.TempDir(), "--postgres", u.String())
+	if status, body := r.ask("orders-db:read", "s1"); status != 201 {
+		t.Errorf("%d %s", status, body)
 	}
 }

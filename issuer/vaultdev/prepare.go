@@ -2,6 +2,7 @@ package vaultdev
 
 import (
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -265,10 +266,12 @@ func orders(ctx context.Context, client *api.Client, dsn string, ttl time.Durati
 	if err := p.mount(ctx, "database", &api.MountInput{Type: "database"}); err != nil {
 		return err
 	}
+	// As this connection came about: a DSN may leave it to the server whether
+	// there is TLS (sslmode=prefer, the default), and Vault's driver would insist.
 	mode := "disable"
-	if cfg.TLSConfig != nil {
+	if _, encrypted := conn.PgConn().Conn().(*tls.Conn); encrypted {
 		mode = "require"
-		if !cfg.TLSConfig.InsecureSkipVerify {
+		if cfg.TLSConfig != nil && !cfg.TLSConfig.InsecureSkipVerify {
 			mode = "verify-full"
 		}
 	}
