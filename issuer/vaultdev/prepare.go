@@ -24,8 +24,8 @@ type Options struct {
 	Scopes   *scopes.Set
 	Postgres string // DSN of a role that may create roles; empty: no database engine
 	// Owner is for a Vault that forgets its leases when it ends: roles of steps
-	// are marked with it, and those so marked that an earlier Vault left behind
-	// are dropped. It is part of a role's name: [a-z0-9_].
+	// carry it in a comment, and those that an earlier Vault left behind are
+	// dropped. It is of the form [a-z0-9_]{1,32}.
 	Owner string
 }
 
@@ -213,14 +213,10 @@ const dropRole = `DO $$ DECLARE victim text := '{{name}}'; BEGIN
 	END IF;
 END $$`
 
-// leftSQL drops the roles of steps that are marked with %[1]s.
+// leftSQL drops the roles whose comment is %[1]s.
 const leftSQL = `
 DO $$ DECLARE victim text; BEGIN
-	IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = '%[1]s') THEN CREATE ROLE %[1]s NOLOGIN; END IF;
-	FOR victim IN
-		SELECT m.rolname FROM pg_auth_members a JOIN pg_roles m ON m.oid = a.member JOIN pg_roles g ON g.oid = a.roleid
-		WHERE g.rolname = '%[1]s' AND m.rolname LIKE 'v-%%'
-	LOOP
+	FOR victim IN SELECT rolname FROM pg_roles WHERE shobj_description(oid, 'pg_authid') = '%[1]s' LOOP
 		EXECUTE format('ALTER ROLE %%I NOLOGIN', victim);
 		EXECUTE format('GRANT %%I TO CURRENT_USER', victim);
 		PERFORM pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = victim;
@@ -251,16 +247,16 @@ func orders(ctx context.Context, client *api.Client, dsn string, ttl time.Durati
 	if _, err := conn.Exec(ctx, ordersSQL); err != nil {
 		return fmt.Errorf("making the orders table (the DSN's role must be able to create roles, and own the table): %w", err)
 	}
-	mark := ""
+	var mark []string
 	if owner != "" {
 		if !owners.MatchString(owner) {
 			return fmt.Errorf("owner %q is not of the form %s", owner, owners)
 		}
-		group := "countersign_dev_" + owner
-		if _, err := conn.Exec(ctx, fmt.Sprintf(leftSQL, group)); err != nil {
+		comment := "step of countersign dev " + owner
+		if _, err := conn.Exec(ctx, fmt.Sprintf(leftSQL, comment)); err != nil {
 			return fmt.Errorf("dropping the roles that an earlier Vault left in PostgreSQL: %w", err)
 		}
-		mark = ", " + group
+		mark = []string{`COMMENT ON ROLE "{{name}}" IS '` + comment + `'`}
 	}
 	p := preparer{client.Logical(), client.Sys()}
 	if err := p.mount(ctx, "database", &api.MountInput{Type: "database"}); err != nil {
@@ -297,7 +293,7 @@ func orders(ctx context.Context, client *api.Client, dsn string, ttl time.Durati
 	for role, group := range map[string]string{"orders-read": "orders_read", "orders-write": "orders_write"} {
 		if err := p.write(ctx, "database/roles/"+role, map[string]any{
 			"db_name": "orders", "default_ttl": ttl.String(), "max_ttl": ttl.String(),
-			"creation_statements":   []string{`CREATE ROLE "{{name}}" LOGIN PASSWORD '{{password}}' VALID UNTIL '{{expiration}}' IN ROLE ` + group + mark},
+			"creation_statements":   append([]string{`CREATE ROLE "{{name}}" LOGIN PASSWORD '{{password}}' VALID UNTIL '{{expiration}}' IN ROLE ` + group}, mark...),
 			"revocation_statements": []string{string(drop)},
 		}); err != nil {
 			return err
