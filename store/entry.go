@@ -123,10 +123,18 @@ func (t *Time) UnmarshalText(b []byte) error {
 	if len(b) != len(timeLayout) {
 		return fmt.Errorf("time %q is not of the form %s", b, timeLayout)
 	}
-	v, err := time.Parse(timeLayout, string(b))
-	// Parse also takes a comma before the fraction (ISO 8601), which would sort
-	// elsewhere than it stands for.
-	if err != nil || v.Format(timeLayout) != string(b) {
+	// Read by hand: time.Parse takes other forms too, such as a comma before the
+	// fraction, and a tenth of reading a leaf went into it.
+	number := func(from, to int) (n int) {
+		for _, c := range b[from:to] {
+			n = 10*n + int(c-'0')
+		}
+		return n
+	}
+	v := time.Date(number(0, 4), time.Month(number(5, 7)), number(8, 10), number(11, 13), number(14, 16), number(17, 19),
+		number(20, 26)*1000, time.UTC)
+	// What is no date, no digit or another separator does not come back as it was.
+	if v.Format(timeLayout) != string(b) {
 		return fmt.Errorf("time %q is not of the form %s", b, timeLayout)
 	}
 	t.Time = v

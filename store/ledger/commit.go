@@ -435,15 +435,16 @@ func (l *Ledger) write(ctx context.Context, p *pending) (_ *head, err error) {
 	if err := w.insert(ctx, "INSERT INTO sealed (idx, field, box)", 3, sealed); err != nil {
 		return nil, err
 	}
+	var open []any
 	for id, r := range p.changes {
-		if r == nil {
-			err = w.exec(ctx, "DELETE FROM open_requests WHERE request = ?", id)
-		} else {
-			err = w.exec(ctx, "INSERT INTO open_requests VALUES (?, ?) ON CONFLICT (request) DO UPDATE SET state = excluded.state", id, encodeRequest(r))
-		}
-		if err != nil {
+		if r != nil {
+			open = append(open, id, encodeRequest(r))
+		} else if err := w.exec(ctx, "DELETE FROM open_requests WHERE request = ?", id); err != nil {
 			return nil, err
 		}
+	}
+	if err := w.insert(ctx, "INSERT OR REPLACE INTO open_requests (request, state)", 2, open); err != nil {
+		return nil, err
 	}
 	if err := w.exec(ctx, "INSERT OR ROLLBACK INTO checkpoints (size, note) VALUES (?, ?)", h.size, h.note); err != nil {
 		return nil, err
