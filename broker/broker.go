@@ -85,10 +85,9 @@ type Broker struct {
 	index *index
 	calls *calls
 
-	gate      sync.Mutex                // guards draining against work, and tries
-	tries     map[string]try            // by request
-	announced atomic.Bool               // policy.loaded is on record
-	stateSeen atomic.Pointer[time.Time] // when Redis was last seen whole
+	gate      sync.Mutex     // guards draining against work, and tries
+	tries     map[string]try // by request
+	announced atomic.Bool    // policy.loaded is on record
 
 	ctx      context.Context // ends when the broker has drained
 	cancel   context.CancelFunc

@@ -544,32 +544,20 @@ func (b *Broker) state(ctx context.Context) error {
 			return ctx.Err()
 		}
 	}
-	// Looked at anew only after a while: a Redis that went in between is found
-	// by the next look, and decides nothing until then.
-	if at := b.stateSeen.Load(); at != nil && time.Since(*at) < stateFresh {
-		return nil
-	}
 	gen, err := b.Inflight.Generation(ctx)
-	if err == nil && gen == "" {
-		err = b.rebuild(ctx)
-	}
 	if err != nil {
-		b.stateSeen.Store(nil)
 		return err
 	}
-	now := time.Now()
-	b.stateSeen.Store(&now)
+	if gen == "" {
+		return b.rebuild(ctx)
+	}
 	return nil
 }
-
-// stateFresh is how long one look at Redis serves all calls.
-const stateFresh = 50 * time.Millisecond
 
 // note tells the other brokers where a request stands. Redis is no more than
 // quick: where it does not answer, they learn it from the ledger.
 func (b *Broker) note(r inflight.Request) {
 	if err := b.Inflight.Put(b.ctx, r); err != nil {
-		b.stateSeen.Store(nil)
 		b.Log.Warn("state not noted", zap.String("request", r.ID), zap.Error(err))
 	}
 }

@@ -48,6 +48,7 @@ type Store struct {
 	life    time.Duration
 	mini    *miniredis.Miniredis // nil: a real server
 	puts    chan *putting
+	asks    chan chan generation
 	stop    chan struct{}
 	done    sync.WaitGroup
 }
@@ -74,7 +75,7 @@ func (silent) Printf(context.Context, string, ...any) {}
 // Open connects to Redis, or starts the embedded one. It does not fail where
 // the server cannot be reached: calls do, until it can.
 func Open(o Options) (*Store, error) {
-	s := &Store{prefix: o.Prefix, timeout: o.Timeout, life: o.StatusLife, stop: make(chan struct{}), puts: make(chan *putting, 256)}
+	s := &Store{prefix: o.Prefix, timeout: o.Timeout, life: o.StatusLife, stop: make(chan struct{}), puts: make(chan *putting, 256), asks: make(chan chan generation, 256)}
 	if s.prefix == "" {
 		s.prefix = "countersign:"
 	}
@@ -109,6 +110,7 @@ func Open(o Options) (*Store, error) {
 	opt.MaintNotificationsConfig = &maintnotifications.Config{Mode: maintnotifications.ModeDisabled}
 	s.c = redis.NewClient(opt)
 	s.done.Go(s.putLoop)
+	s.done.Go(s.askLoop)
 	return s, nil
 }
 
@@ -159,18 +161,71 @@ func (s *Store) Ping(ctx context.Context) error {
 }
 
 // Generation returns the marker that Rebuild set, or an empty string where
-// Redis holds none: it was emptied, or is new, and must be rebuilt.
+// Redis holds none: it was emptied, or is new, and must be rebuilt. Those who
+// ask while a round trip to Redis is under way share the next one, so that each
+// answer is younger than its question.
 func (s *Store) Generation(ctx context.Context) (string, error) {
-	var gen string
-	err := s.call(ctx, "read the generation", func(ctx context.Context) error {
-		v, err := s.c.Get(ctx, s.key("generation")).Result()
-		if errors.Is(err, redis.Nil) {
-			return nil
+	answer := make(chan generation, 1)
+	select {
+	case s.asks <- answer:
+	case <-s.stop:
+		return "", fmt.Errorf("%w: closed", ErrUnavailable)
+	case <-ctx.Done():
+		return "", fmt.Errorf("%w: read the generation: %v", ErrUnavailable, ctx.Err())
+	}
+	select {
+	case g := <-answer:
+		return g.marker, g.err
+	case <-s.stop:
+		return "", fmt.Errorf("%w: closed", ErrUnavailable)
+	case <-ctx.Done():
+		return "", fmt.Errorf("%w: read the generation: %v", ErrUnavailable, ctx.Err())
+	}
+}
+
+type generation struct {
+	marker string
+	err    error
+}
+
+// askLoop answers Generation.
+func (s *Store) askLoop() {
+	for {
+		waiting, ok := drain(s.asks, s.stop)
+		if !ok {
+			return
 		}
-		gen = v
-		return err
-	})
-	return gen, err
+		var g generation
+		g.err = s.call(context.Background(), "read the generation", func(ctx context.Context) (err error) {
+			if g.marker, err = s.c.Get(ctx, s.key("generation")).Result(); errors.Is(err, redis.Nil) {
+				g.marker, err = "", nil
+			}
+			return err
+		})
+		for _, w := range waiting {
+			w <- g
+		}
+	}
+}
+
+// drain waits for one item and takes with it all that have queued up. It is
+// not ok once stop is closed.
+func drain[T any](queue chan T, stop chan struct{}) (all []T, ok bool) {
+	select {
+	case x := <-queue:
+		all = append(all, x)
+	case <-stop:
+		return nil, false
+	}
+	for len(all) < cap(queue) {
+		select {
+		case x := <-queue:
+			all = append(all, x)
+		default:
+			return all, true
+		}
+	}
+	return all, true
 }
 
 // Rebuild writes live, the requests with a live credential or an open intent,
@@ -231,27 +286,9 @@ type putting struct {
 // putLoop sends what was put, all that has come by then in one round trip.
 func (s *Store) putLoop() {
 	for {
-		var batch []*putting
-		select {
-		case p := <-s.puts:
-			batch = append(batch, p)
-		case <-s.stop:
-			for {
-				select {
-				case p := <-s.puts:
-					p.done <- fmt.Errorf("%w: closed", ErrUnavailable)
-				default:
-					return
-				}
-			}
-		}
-		for more := true; more && len(batch) < cap(s.puts); {
-			select {
-			case p := <-s.puts:
-				batch = append(batch, p)
-			default:
-				more = false
-			}
+		batch, ok := drain(s.puts, s.stop)
+		if !ok {
+			return
 		}
 		err := s.call(context.Background(), "note a request", func(ctx context.Context) error {
 			pipe := s.c.Pipeline()

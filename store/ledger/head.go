@@ -50,7 +50,7 @@ type headFile struct {
 
 // headGap is the least time between two writes of the file, so that its
 // journal commits do not queue up before those of the database.
-const headGap = 20 * time.Millisecond
+const headGap = 200 * time.Millisecond
 
 // read returns the stored head, nil where there is no file.
 func (f *headFile) read(v *store.LogVerifier) (*torchwood.Checkpoint, error) {
