@@ -182,8 +182,8 @@ type machines struct {
 	handler  http.Handler
 }
 
-func openMachines(ctx context.Context, o *machinesOptions) (m *machines, err error) {
-	m = &machines{o: o}
+func openMachines(ctx context.Context, o *machinesOptions) (_ *machines, err error) {
+	m := &machines{o: o}
 	defer func() {
 		if err != nil {
 			m.close()

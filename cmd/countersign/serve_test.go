@@ -387,3 +387,30 @@ func TestABrokerRefusesARecorderWhoseLogWasPutBack(t *testing.T) {
 	})
 	refused("restarted", 2)
 }
+
+func TestServeSaysInOneLineThatVaultDoesNotAnswer(t *testing.T) {
+	p := &pair{t: t, dir: t.TempDir()}
+	vkey := p.cli("key", "generate", "log", "--name", "pair.example/log", "--out", p.file("log.key"))
+	p.cli("key", "generate", "identity", "--out", p.file("identity.key"))
+	p.cli("key", "generate", "privacy", "--out", p.file("privacy.key"))
+	p.cli("token", "create", "--file", p.file("tokens"), "--role", "orchestrator", "--name", "ci")
+	p.write("catalogue.yaml", string(scopes.Demo(nil)))
+	p.write("secret", "x")
+	p.write("serve.yaml", fmt.Sprintf(`
+listen: {addr: "127.0.0.1:0"}
+public_url: http://127.0.0.1:1
+trust_domain: pair.example
+identity_key: %q
+privacy_key: %q
+catalogue: %q
+recorder: {url: "http://127.0.0.1:1", writer: broker-1, token_file: %q, log_key: %q, head_file: %q}
+vault: {addr: "http://127.0.0.1:1", token_file: %q}
+redis: {embedded: true}
+orchestrators: {tokens: %q}
+`, p.file("identity.key"), p.file("privacy.key"), p.file("catalogue.yaml"), p.file("secret"), vkey, p.file("head"), p.file("secret"), p.file("tokens")))
+	out, err := countersign(t, "serve", "--config", p.file("serve.yaml")).CombinedOutput()
+	exit, ok := err.(*exec.ExitError)
+	if !ok || exit.ExitCode() != 1 || !strings.Contains(string(out), "vault unavailable") || strings.Count(string(out), "\n") != 1 {
+		t.Errorf("%v: %s", err, out)
+	}
+}
