@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"runtime/debug"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/go-chi/chi/v5"
@@ -44,7 +45,7 @@ const (
 func NewRouter(log *zap.Logger, maxBody int64) *chi.Mux {
 	r := chi.NewRouter()
 	// HEAD is GET without its body (RFC 9110, section 9.3.2); net/http drops it.
-	r.Use(identify(log), secure, recoverPanic, body(maxBody), middleware.GetHead)
+	r.Use(arrive, identify(log), secure, recoverPanic, body(maxBody), middleware.GetHead)
 	notFound := func(w http.ResponseWriter, r *http.Request) {
 		problem.Write(w, r, problem.NotFound("no such path"))
 	}
@@ -71,6 +72,44 @@ func NewRouter(log *zap.Logger, maxBody int64) *chi.Mux {
 		problem.Write(w, req, problem.MethodNotAllowed(req.Method))
 	})
 	return r
+}
+
+// connection is what is kept of one: when it was accepted, and whether a request
+// has come over it.
+type connection struct {
+	accepted time.Time
+	used     atomic.Bool
+}
+
+type (
+	connectionKey struct{}
+	arrivalKey    struct{}
+)
+
+// fresh is how long after its connection was accepted a first request is taken
+// to have come with it. A client that connects ahead of need waits longer, as a
+// rule.
+const fresh = time.Second
+
+// arrive notes when a request arrived. Under load a request waits for its turn
+// after it was sent, long enough to be overtaken by another's answer; when its
+// connection was accepted is closer to the truth than when its turn came.
+func arrive(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		at := time.Now()
+		if c, ok := r.Context().Value(connectionKey{}).(*connection); ok && !c.used.Swap(true) && at.Sub(c.accepted) < fresh {
+			at = c.accepted
+		}
+		next.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), arrivalKey{}, at)))
+	})
+}
+
+// Arrived says when the request that ctx belongs to arrived.
+func Arrived(ctx context.Context) time.Time {
+	if at, ok := ctx.Value(arrivalKey{}).(time.Time); ok {
+		return at
+	}
+	return time.Now()
 }
 
 // identify gives each request an ID: the caller's X-Request-Id where it has the
@@ -163,6 +202,9 @@ func Serve(ctx context.Context, l net.Listener, c Config) error {
 		MaxHeaderBytes:    MaxHeader,
 		ErrorLog:          zap.NewStdLog(c.Log.WithOptions(zap.IncreaseLevel(zap.WarnLevel))),
 		BaseContext:       func(net.Listener) context.Context { return requests },
+		ConnContext: func(ctx context.Context, _ net.Conn) context.Context {
+			return context.WithValue(ctx, connectionKey{}, &connection{accepted: time.Now()})
+		},
 	}
 	failed := make(chan error, 1)
 	go func() {

@@ -204,6 +204,33 @@ func TestServeRefusesHugeHeadersAndEndsWhenTold(t *testing.T) {
 	}
 }
 
+func TestARequestArrivesWithItsConnectionAndALaterOneWhenItComes(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	arrivals := make(chan time.Time, 2)
+	r := router()
+	r.Get("/when", func(w http.ResponseWriter, r *http.Request) { arrivals <- Arrived(r.Context()) })
+	go Serve(ctx, l, Config{Handler: r, Log: zap.NewNop()})
+	c, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	// A request that is slow to come stands for one that is slow to be taken up.
+	time.Sleep(50 * time.Millisecond)
+	sent := time.Now()
+	for i := range 2 {
+		fmt.Fprint(c, "GET /when HTTP/1.1\r\nHost: x\r\n\r\n")
+		if at := <-arrivals; at.Before(sent) != (i == 0) {
+			t.Errorf("request %d: arrived %s after the first was sent", i, at.Sub(sent))
+		}
+	}
+}
+
 func FuzzUnmarshal(f *testing.F) {
 	f.Add([]byte(`{"a":"x","b":1}`))
 	f.Add([]byte(`{"a":{"b":[]}}`))

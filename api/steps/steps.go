@@ -166,7 +166,6 @@ type standing struct {
 }
 
 func (a *handlers) credential(w http.ResponseWriter, r *http.Request) error {
-	arrived := time.Now()
 	step, err := pathID(r, "step")
 	if err != nil {
 		return err
@@ -186,7 +185,7 @@ func (a *handlers) credential(w http.ResponseWriter, r *http.Request) error {
 	ask := broker.Ask{
 		Step: step, Run: body.Run, Scope: body.Scope, TTL: body.TTL, Reason: body.Reason, Subject: body.Subject,
 		Params: body.Params, Delivery: body.Delivery, PublicKey: body.PublicKey, Audience: body.Audience,
-		Receipt: body.Receipt, Key: key, Body: canonical, Wait: preferWait(r.Header.Values("Prefer")), Arrived: arrived,
+		Receipt: body.Receipt, Key: key, Body: canonical, Wait: preferWait(r.Header.Values("Prefer")), Arrived: server.Arrived(r.Context()),
 	}
 	if body.SubjectToken != "" {
 		if a.Subject == nil {
