@@ -484,10 +484,14 @@ func (b *Broker) append(ctx context.Context, subs ...*store.Submission) (*store.
 	}
 	entries := make([]placed, len(subs))
 	for i, s := range subs {
-		if err := s.Accept(app.Entries[i].Leaf); err != nil {
-			return nil, unavailable(err)
+		e := &s.Entry
+		if e.Time.IsZero() { // a Recorder need not stamp what it was given
+			if e, err = store.ParseLeaf(app.Entries[i].Leaf); err != nil {
+				return nil, unavailable(err)
+			}
+			s.Entry = *e
 		}
-		entries[i] = placed{&s.Entry, app.Entries[i].Index}
+		entries[i] = placed{e, app.Entries[i].Index}
 	}
 	b.index.acknowledged(entries...)
 	return app, nil

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"regexp"
+	"slices"
 	"time"
 	"unicode/utf8"
 
@@ -272,35 +273,46 @@ func (s *Submission) Stamp(writer string, now Time) ([]byte, error) {
 }
 
 // Accept takes the recorder's stamps from leaf, and reports whether leaf is
-// otherwise s to the byte. Once accepted, s is the entry that is on record. To
-// accept the same leaf again changes nothing. Errors wrap ErrMalformed.
-func (s *Submission) Accept(leaf []byte) error {
+// otherwise line, the bytes that s was marshalled to and submitted as. Once
+// accepted, s is the entry that is on record. Errors wrap ErrMalformed.
+func (s *Submission) Accept(line, leaf []byte) error {
+	other := fmt.Errorf("%w: what is on record is not what was submitted", ErrMalformed)
+	// The stamps stand before everything that a writer chooses freely, so that
+	// the first of these is the member itself.
+	const first, after = `,"time":`, `,"writer_time":`
+	from, to := bytes.Index(leaf, []byte(first)), bytes.Index(leaf, []byte(after))
+	lineFrom, lineTo := bytes.Index(line, []byte(first)), bytes.Index(line, []byte(after))
+	if from < 0 || to < from || lineFrom < 0 || lineTo < lineFrom || !bytes.Equal(leaf[:from], line[:lineFrom]) {
+		return other
+	}
+	rest := line[lineTo:]
+	if s.Openings != nil { // the last member of a submission, and none of a leaf
+		openings, err := json.Marshal(s.Openings, json.Deterministic(true))
+		if err != nil {
+			return fmt.Errorf("%w: %v", ErrMalformed, err)
+		}
+		tail := `,"openings":` + string(openings) + "}"
+		if !bytes.HasSuffix(rest, []byte(tail)) {
+			return other
+		}
+		rest = append(slices.Clip(rest[:len(rest)-len(tail)]), '}')
+	}
+	if !bytes.Equal(leaf[to:], rest) {
+		return other
+	}
 	var stamp struct {
 		Time   Time   `json:"time"`
 		Writer string `json:"writer"`
 	}
-	// The stamps stand before everything that a writer chooses freely, so that
-	// there is no need to read the whole leaf.
-	const first, after = `,"time":`, `,"writer_time":`
-	from := bytes.Index(leaf, []byte(first))
-	to := bytes.Index(leaf, []byte(after))
-	if from < 0 || to < from {
-		return fmt.Errorf("%w: a leaf without stamps", ErrMalformed)
-	}
-	if err := json.Unmarshal(append(append([]byte("{"), leaf[from+1:to]...), '}'), &stamp); err != nil {
+	stamps := slices.Concat([]byte("{"), leaf[from+1:to], []byte("}"))
+	if err := json.Unmarshal(stamps, &stamp, json.RejectUnknownMembers(true)); err != nil {
 		return fmt.Errorf("%w: stamps: %v", ErrMalformed, err)
+	}
+	if same, err := json.Marshal(&stamp); err != nil || !bytes.Equal(same, stamps) {
+		return other
 	}
 	if stamp.Time.IsZero() || stamp.Writer == "" {
 		return fmt.Errorf("%w: stamped with writer %q and time %q", ErrMalformed, stamp.Writer, stamp.Time)
-	}
-	want := s.Entry
-	want.Time, want.Writer = stamp.Time, stamp.Writer
-	b, err := want.Marshal()
-	if err != nil {
-		return fmt.Errorf("%w: %v", ErrMalformed, err)
-	}
-	if !bytes.Equal(b, leaf) {
-		return fmt.Errorf("%w: what is on record is not what was submitted", ErrMalformed)
 	}
 	s.Entry.Time, s.Entry.Writer = stamp.Time, stamp.Writer
 	return nil

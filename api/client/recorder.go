@@ -137,7 +137,7 @@ func (r *Recorder) Append(ctx context.Context, subs ...*store.Submission) (*stor
 			return fmt.Errorf("%d entries acknowledged, %d submitted", len(a.Entries), len(subs))
 		}
 		for i, s := range subs {
-			if err := r.same(s, a.Entries[i].Leaf); err != nil {
+			if err := r.same(s, lines[i], a.Entries[i].Leaf); err != nil {
 				return fmt.Errorf("entry %d: %w", i, err)
 			}
 		}
@@ -146,8 +146,8 @@ func (r *Recorder) Append(ctx context.Context, subs ...*store.Submission) (*stor
 }
 
 // same reports whether leaf is s with the recorder's stamps, and sets them.
-func (r *Recorder) same(s *store.Submission, leaf []byte) error {
-	if err := s.Accept(leaf); err != nil {
+func (r *Recorder) same(s *store.Submission, line, leaf []byte) error {
+	if err := s.Accept(line, leaf); err != nil {
 		return err
 	}
 	if r.writer != "" && s.Writer != r.writer {
