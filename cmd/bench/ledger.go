@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/rand"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"syscall"
@@ -13,6 +14,7 @@ import (
 	"github.com/transparency-dev/tessera"
 	"github.com/transparency-dev/tessera/storage/posix"
 	"golang.org/x/mod/sumdb/note"
+	"k8s.io/klog/v2"
 
 	"github.com/countersign-dev/countersign/store"
 	"github.com/countersign-dev/countersign/store/ledger"
@@ -102,11 +104,16 @@ func ledgerRows(ctx context.Context, t *table) error {
 			return err
 		}
 	}
-	driver, err := posix.New(ctx, posix.Config{Path: filepath.Join(dir, "tessera")})
+	// Tessera goes on publishing until its context ends, and logs to stderr.
+	klog.SetOutput(io.Discard)
+	klog.LogToStderr(false)
+	tctx, end := context.WithCancel(ctx)
+	defer end()
+	driver, err := posix.New(tctx, posix.Config{Path: filepath.Join(dir, "tessera")})
 	if err != nil {
 		return err
 	}
-	appender, shutdown, _, err := tessera.NewAppender(ctx, driver, tessera.NewAppendOptions().
+	appender, shutdown, _, err := tessera.NewAppender(tctx, driver, tessera.NewAppendOptions().
 		WithCheckpointSigner(signer).WithBatching(256, 5*time.Millisecond).WithPushback(4096).WithCheckpointInterval(time.Second))
 	if err != nil {
 		return err

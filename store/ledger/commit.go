@@ -169,7 +169,7 @@ func (w *writer) stmt(ctx context.Context, q string) (*sql.Stmt, error) {
 // insert adds rows of width values each by as few statements as there are.
 func (w *writer) insert(ctx context.Context, into string, width int, args []any) error {
 	row := ",(?" + strings.Repeat(",?", width-1) + ")"
-	for _, n := range []int{128, 16, 4, 1} {
+	for _, n := range []int{128, 32, 8, 3, 2, 1} {
 		for len(args) >= n*width {
 			if err := w.exec(ctx, into+" VALUES "+strings.Repeat(row, n)[1:], args[:n*width]...); err != nil {
 				return err

@@ -167,7 +167,7 @@ func Open(ctx context.Context, o Options) (_ *Ledger, err error) {
 	if err := touch(o.KeysFile); err != nil {
 		return nil, err
 	}
-	if l.w, err = openDB(path, 1, "_journal_mode=WAL", "_synchronous=FULL", "_pragma=cache_size(-65536)", "_pragma=page_size(8192)", "_pragma=wal_autocheckpoint(4000)"); err != nil {
+	if l.w, err = openDB(path, 1, "_journal_mode=WAL", "_synchronous=FULL", "_pragma=cache_size(-65536)", "_pragma=page_size(4096)", "_pragma=wal_autocheckpoint(8000)"); err != nil {
 		return nil, err
 	}
 	if l.r, err = openDB(path, 8, "_query_only=1", "_pragma=cache_size(-8192)"); err != nil {
