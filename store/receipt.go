@@ -75,25 +75,24 @@ func (v *LogVerifier) Origin() string { return v.origin }
 // Errors wrap ErrReceipt. The few latest results are kept, since all receipts
 // of a batch share one checkpoint.
 func (v *LogVerifier) Checkpoint(signed string) (torchwood.Checkpoint, error) {
-	v.mu.Lock()
-	c, ok := v.last[signed]
-	v.mu.Unlock()
-	if ok {
-		return c, nil
-	}
 	if len(signed) > 16<<10 {
-		return c, fmt.Errorf("%w: checkpoint of %d bytes", ErrReceipt, len(signed))
+		return torchwood.Checkpoint{}, fmt.Errorf("%w: checkpoint of %d bytes", ErrReceipt, len(signed))
+	}
+	// Held while verifying: those who come with the same checkpoint at the same
+	// moment had better wait for the result than work it out too.
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if c, ok := v.last[signed]; ok {
+		return c, nil
 	}
 	c, _, err := torchwood.VerifyCheckpoint([]byte(signed), v.policy)
 	if err != nil {
 		return c, fmt.Errorf("%w: checkpoint: %v", ErrReceipt, err)
 	}
-	v.mu.Lock()
 	if len(v.last) >= 64 {
 		clear(v.last)
 	}
 	v.last[signed] = c
-	v.mu.Unlock()
 	return c, nil
 }
 

@@ -13,6 +13,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/alicebob/miniredis/v2"
@@ -46,7 +47,8 @@ type Store struct {
 	prefix  string
 	timeout time.Duration
 	life    time.Duration
-	mini    *miniredis.Miniredis // nil: a real server
+	mini    *miniredis.Miniredis   // nil: a real server
+	built   atomic.Pointer[string] // the generation that Rebuild set last
 	puts    chan *putting
 	asks    chan chan generation
 	stop    chan struct{}
@@ -164,7 +166,13 @@ func (s *Store) Ping(ctx context.Context) error {
 // Redis holds none: it was emptied, or is new, and must be rebuilt. Those who
 // ask while a round trip to Redis is under way share the next one, so that each
 // answer is younger than its question.
+//
+// The embedded Redis is as much there as this process, and loses nothing while
+// it lives: its marker is known without asking.
 func (s *Store) Generation(ctx context.Context) (string, error) {
+	if built := s.built.Load(); s.mini != nil && built != nil {
+		return *built, nil
+	}
 	answer := make(chan generation, 1)
 	select {
 	case s.asks <- answer:
@@ -249,9 +257,13 @@ func (s *Store) Rebuild(ctx context.Context, generation string, live []Request) 
 		}
 		live = live[n:]
 	}
-	return s.call(ctx, "set the generation", func(ctx context.Context) error {
+	err := s.call(ctx, "set the generation", func(ctx context.Context) error {
 		return s.c.Set(ctx, s.key("generation"), generation, 0).Err()
 	})
+	if err == nil {
+		s.built.Store(&generation)
+	}
+	return err
 }
 
 // Put notes where a request stands and wakes those who wait for it. A live

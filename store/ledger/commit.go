@@ -186,6 +186,7 @@ func (l *Ledger) writeLoop() {
 	defer l.tasks.Done()
 	defer close(l.written)
 	batch := make([]*group, 0, maxBatch)
+	last := 0 // how many appends the last batch took
 	for {
 		batch = batch[:0]
 		select {
@@ -194,10 +195,10 @@ func (l *Ledger) writeLoop() {
 		case <-l.ctx.Done():
 			return // Append looks after what is still queued
 		}
-		// Whoever is ready to run goes first, and may join this batch: where the
-		// processors are busy a commit for few costs as much as one for many,
-		// and where they are idle this returns at once.
-		for queued := -1; queued < len(l.queue) && queued < maxBatch; {
+		// Under load, whoever is ready to run goes first and may join this batch:
+		// a commit for few costs nearly as much as one for many. A lone append
+		// waits for nobody.
+		for queued := -1; last > 1 && queued < len(l.queue) && queued < maxBatch; {
 			queued = len(l.queue)
 			runtime.Gosched()
 		}
@@ -216,6 +217,7 @@ func (l *Ledger) writeLoop() {
 		for _, g := range batch {
 			close(g.done)
 		}
+		last = len(batch)
 	}
 }
 
