@@ -31,8 +31,6 @@ type ready struct {
 	Approvers     []devCaller `json:"approvers"`
 	Reviewers     []devCaller `json:"reviewers"`
 	Responders    []devCaller `json:"responders"`
-
-	writer string // the broker's own token, which is nobody else's
 }
 
 // devCaller is someone whose token `countersign dev` knows.
@@ -79,7 +77,6 @@ func devCallers(dir string) (r ready, err error) {
 	r.Approvers = callers(auth.Approver, "approver-a", "approver-b", "approver-c")
 	r.Reviewers = callers(auth.Reviewer, "reviewer-a")
 	r.Responders = callers(auth.Responder, "responder-a", "responder-b")
-	r.writer = callers(auth.Writer, devWriter)[0].Token
 	if err != nil || !changed {
 		return r, err
 	}
