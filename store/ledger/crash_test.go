@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"syscall"
@@ -236,12 +237,32 @@ func TestAppendsAreRefusedWhileTheHeadFileCannotBeWritten(t *testing.T) {
 	f := newFixture(t)
 	l := f.open()
 	f.append(l, used("r"))
-	l.headFile.failed.Store(true)
-	if _, err := l.Append(t.Context(), broker, wire(t, used("r"))); !errors.Is(err, store.ErrUnavailable) {
+	// A directory where the new head is to be written: not even root gets past it.
+	inTheWay := l.headFile.path + ".new"
+	for os.Mkdir(inTheWay, 0o700) != nil {
+		runtime.Gosched() // a write under way has its file there
+	}
+	// The write runs beside the appends, so that a few more of them get through.
+	until := func(refused bool) {
+		t.Helper()
+		for end := time.Now().Add(30 * time.Second); ; time.Sleep(time.Millisecond) {
+			_, err := l.Append(t.Context(), broker, wire(t, used("r")))
+			if err != nil && !errors.Is(err, store.ErrUnavailable) {
+				t.Fatal(err)
+			}
+			if (err != nil) == refused {
+				return
+			}
+			if time.Now().After(end) {
+				t.Fatalf("refused is never %t", refused)
+			}
+		}
+	}
+	until(true)
+	if err := os.Remove(inTheWay); err != nil {
 		t.Fatal(err)
 	}
-	l.headFile.failed.Store(false)
-	f.append(l, used("r"))
+	until(false)
 }
 
 func TestManyWritersAndReadersAtOnceHaveOneLog(t *testing.T) {
