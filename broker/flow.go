@@ -335,8 +335,6 @@ func (b *Broker) join(ctx context.Context, p *plan, r *store.Request) (reply *Re
 	defer poll.Stop()
 	w := b.index.watch(r.ID)
 	defer w.stop()
-	wake, stop := b.Inflight.Wake(ctx, r.ID)
-	defer stop()
 	for {
 		t, known := w.latest()
 		switch {
@@ -351,8 +349,6 @@ func (b *Broker) join(ctx context.Context, p *plan, r *store.Request) (reply *Re
 			select {
 			case <-w.C:
 				continue
-			case <-wake:
-				look = true
 			case <-poll.C:
 				look = true
 			case <-out.C:
@@ -364,7 +360,6 @@ func (b *Broker) join(ctx context.Context, p *plan, r *store.Request) (reply *Re
 			}
 		}
 		if look {
-			// Redis may say anything; what counts is what the recorder says.
 			found, err := b.refresh(ctx, r.ID)
 			if err != nil {
 				return nil, false, err

@@ -282,7 +282,8 @@ func (b *Broker) give(id string, err error) {
 	b.tries[id] = t
 }
 
-// due says what there is to do at now, by request.
+// due says what there is to do at now, by request. Every broker follows what
+// all of them issue, so that each can end what another left.
 func (b *Broker) due(now time.Time) map[string]func(context.Context) error {
 	jobs := map[string]func(context.Context) error{}
 	b.index.pick(func(id string, t *tracked) bool {
@@ -298,31 +299,6 @@ func (b *Broker) due(now time.Time) map[string]func(context.Context) error {
 		}
 		return false
 	})
-	// What Redis names beyond that is another broker's, a moment ahead of the
-	// follower, or stale.
-	ids, err := b.Inflight.Due(b.ctx, now, 100)
-	if err != nil {
-		return jobs
-	}
-	for _, id := range ids {
-		if _, ok := jobs[id]; !ok {
-			jobs[id] = func(ctx context.Context) error {
-				if _, err := b.refresh(ctx, id); err != nil {
-					return err
-				}
-				if t, ok := b.index.get(id); ok && t.live {
-					if b.Now().Before(t.issued.Expires.Time) {
-						// Redis had another end for it.
-						b.note(inflight.Request{ID: id, Orchestrator: t.story.Orchestrator, Run: t.story.Run, Step: t.story.Step,
-							Scope: t.story.Action, Status: string(t.status), Expires: t.issued.Expires.Time})
-						return nil
-					}
-					return b.expire(ctx, id, false)
-				}
-				return b.Inflight.Forget(ctx, id)
-			}
-		}
-	}
 	return jobs
 }
 

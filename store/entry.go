@@ -126,16 +126,21 @@ func (t *Time) UnmarshalText(b []byte) error {
 	}
 	// Read by hand: time.Parse takes other forms too, such as a comma before the
 	// fraction, and a tenth of reading a leaf went into it.
+	ok := true
 	number := func(from, to int) (n int) {
 		for _, c := range b[from:to] {
+			ok = ok && c >= '0' && c <= '9'
 			n = 10*n + int(c-'0')
 		}
 		return n
 	}
-	v := time.Date(number(0, 4), time.Month(number(5, 7)), number(8, 10), number(11, 13), number(14, 16), number(17, 19),
-		number(20, 26)*1000, time.UTC)
-	// What is no date, no digit or another separator does not come back as it was.
-	if v.Format(timeLayout) != string(b) {
+	year, month, day := number(0, 4), number(5, 7), number(8, 10)
+	hour, minute, second, micro := number(11, 13), number(14, 16), number(17, 19), number(20, 26)
+	v := time.Date(year, time.Month(month), day, hour, minute, second, micro*1000, time.UTC)
+	// time.Date carries over what is too much: 30 February becomes 2 March.
+	y, m, d := v.Date()
+	if !ok || b[4] != '-' || b[7] != '-' || b[10] != 'T' || b[13] != ':' || b[16] != ':' || b[19] != '.' || b[26] != 'Z' ||
+		y != year || int(m) != month || d != day || hour > 23 || minute > 59 || second > 59 {
 		return fmt.Errorf("time %q is not of the form %s", b, timeLayout)
 	}
 	t.Time = v

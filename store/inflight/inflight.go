@@ -1,16 +1,14 @@
-// Package inflight shares between brokers what is under way: which credentials
-// are due to end, which request a step has open, where a request stands, who
-// waits for it. It makes the broker quick and never right: the ledger alone
-// decides what may be minted and what is live, and everything here is rebuilt
-// from it when Redis comes back empty. No secret, no reason and no subject is
-// ever written to it.
+// Package inflight shares between brokers what is under way: where a request
+// stands, which credentials a step has, who is ending one. It makes the broker
+// quick and never right: the ledger alone decides what may be minted and what is
+// live, and what is live is written here again from it when Redis comes back
+// empty. No secret, no reason and no subject is ever written to it.
 package inflight
 
 import (
 	"context"
 	"errors"
 	"fmt"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -266,11 +264,16 @@ func (s *Store) Rebuild(ctx context.Context, generation string, live []Request) 
 	return err
 }
 
-// Put notes where a request stands and wakes those who wait for it. A live
-// credential (Expires set) joins the due list and its step's set; any other
-// status takes it off both. What is put while a round trip to Redis is under
-// way shares the next one.
+// Put notes where a request stands. A live credential (Expires set) joins its
+// step's set; any other status takes it off. What is put while a round trip to
+// Redis is under way shares the next one.
+//
+// A live credential in the embedded Redis is nobody's news: there is no other
+// broker, and this one has it from its own append.
 func (s *Store) Put(ctx context.Context, r Request) error {
+	if s.mini != nil && !r.Expires.IsZero() {
+		return nil
+	}
 	p := &putting{Request: r, done: make(chan error, 1)}
 	select {
 	case s.puts <- p:
@@ -308,7 +311,6 @@ func (s *Store) putLoop() {
 				if err := s.put(ctx, pipe, p.Request); err != nil {
 					return err
 				}
-				pipe.Publish(ctx, s.key("wake", p.ID), p.Status)
 			}
 			_, err := pipe.Exec(ctx)
 			return err
@@ -326,11 +328,9 @@ func (s *Store) put(ctx context.Context, p redis.Pipeliner, r Request) error {
 	}
 	life, step := s.life, s.key("step", r.Orchestrator, r.Run, r.Step)
 	if r.Expires.IsZero() {
-		p.ZRem(ctx, s.key("due"), r.ID)
 		p.SRem(ctx, step, r.ID)
 	} else {
 		life += max(time.Until(r.Expires), 0)
-		p.ZAdd(ctx, s.key("due"), redis.Z{Score: float64(r.Expires.UnixMilli()), Member: r.ID})
 		p.SAdd(ctx, step, r.ID)
 		p.ExpireAt(ctx, step, time.Now().Add(life))
 	}
@@ -369,28 +369,6 @@ func (s *Store) Step(ctx context.Context, orchestrator, run, step string) ([]str
 	return ids, err
 }
 
-// Due returns up to limit requests whose credential ends at or before now, the
-// earliest first.
-func (s *Store) Due(ctx context.Context, now time.Time, limit int) ([]string, error) {
-	var ids []string
-	err := s.call(ctx, "read what is due", func(ctx context.Context) (err error) {
-		ids, err = s.c.ZRangeArgs(ctx, redis.ZRangeArgs{
-			Key: s.key("due"), ByScore: true, Start: "-inf",
-			Stop: strconv.FormatInt(now.UnixMilli(), 10), Count: int64(limit),
-		}).Result()
-		return err
-	})
-	return ids, err
-}
-
-// Forget takes a request off the due list and its step's set: the ledger does
-// not know it as live.
-func (s *Store) Forget(ctx context.Context, id string) error {
-	return s.call(ctx, "forget a request", func(ctx context.Context) error {
-		return s.c.ZRem(ctx, s.key("due"), id).Err()
-	})
-}
-
 // Claim takes name for as long as life, and reports whether nobody else holds
 // it. Two who both believe to hold a claim do the same work twice, no harm.
 func (s *Store) Claim(ctx context.Context, name string, life time.Duration) (bool, error) {
@@ -411,21 +389,4 @@ func (s *Store) Release(ctx context.Context, name string) error {
 	return s.call(ctx, "release a claim", func(ctx context.Context) error {
 		return s.c.Del(ctx, s.key("claim", name)).Err()
 	})
-}
-
-// Wake returns a channel that receives when something is noted about request,
-// until stop is called. It is a hint: messages may be lost, and the channel
-// says nothing when Redis is gone.
-func (s *Store) Wake(ctx context.Context, request string) (wake <-chan struct{}, stop func()) {
-	sub := s.c.Subscribe(ctx, s.key("wake", request))
-	out, in := make(chan struct{}, 1), sub.Channel()
-	go func() {
-		for range in {
-			select {
-			case out <- struct{}{}:
-			default:
-			}
-		}
-	}()
-	return out, func() { _ = sub.Close() }
 }

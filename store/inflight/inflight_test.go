@@ -12,16 +12,15 @@ import (
 	"github.com/countersign-dev/countersign/store/inflight/redistest"
 )
 
+func open(t *testing.T, url string) *inflight.Store {
+	s, err := inflight.Open(inflight.Options{URL: url})
+	check(t, err)
+	t.Cleanup(func() { _ = s.Close() })
+	return s
+}
+
 // both runs a test against a real redis-server and the embedded one.
 func both(t *testing.T, fn func(t *testing.T, s *inflight.Store)) {
-	open := func(t *testing.T, url string) *inflight.Store {
-		s, err := inflight.Open(inflight.Options{URL: url})
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { _ = s.Close() })
-		return s
-	}
 	t.Run("redis", func(t *testing.T) { fn(t, open(t, redistest.Start(t).URL())) })
 	t.Run("embedded", func(t *testing.T) { fn(t, open(t, "")) })
 }
@@ -37,31 +36,27 @@ func request(id string, expires time.Time) inflight.Request {
 	return inflight.Request{ID: id, Orchestrator: "demo", Run: "r", Step: "s", Scope: "vault:demo-read", Status: "issued", Expires: expires}
 }
 
-func TestALiveCredentialIsDueAtItsEndAndNotAfterItWasClosed(t *testing.T) {
+func TestAStepHoldsItsLiveCredentialsAndNotWhatWasClosed(t *testing.T) {
+	s := open(t, redistest.Start(t).URL())
+	ctx, now := t.Context(), time.Now()
+	check(t, s.Put(ctx, request("req_b", now.Add(time.Second))))
+	check(t, s.Put(ctx, request("req_a", now.Add(time.Hour))))
+	closed := request("req_a", time.Time{})
+	closed.Status = "closed"
+	check(t, s.Put(ctx, closed))
+	ids, err := s.Step(ctx, "demo", "r", "s")
+	check(t, err)
+	if !slices.Equal(ids, []string{"req_b"}) {
+		t.Fatalf("step: %v", ids)
+	}
+}
+
+func TestWhereARequestStandsIsKept(t *testing.T) {
 	both(t, func(t *testing.T, s *inflight.Store) {
-		ctx, now := t.Context(), time.Now()
-		check(t, s.Put(ctx, request("req_b", now.Add(time.Second))))
-		check(t, s.Put(ctx, request("req_a", now)))
-		check(t, s.Put(ctx, request("req_c", now.Add(time.Hour))))
-		due, err := s.Due(ctx, now.Add(2*time.Second), 10)
-		check(t, err)
-		if !slices.Equal(due, []string{"req_a", "req_b"}) {
-			t.Fatalf("due: %v", due)
-		}
-		ids, err := s.Step(ctx, "demo", "r", "s")
-		check(t, err)
-		if len(ids) != 3 {
-			t.Fatalf("step: %v", ids)
-		}
+		ctx := t.Context()
 		closed := request("req_a", time.Time{})
 		closed.Status = "closed"
 		check(t, s.Put(ctx, closed))
-		check(t, s.Forget(ctx, "req_b"))
-		due, err = s.Due(ctx, now.Add(2*time.Second), 10)
-		check(t, err)
-		if len(due) != 0 {
-			t.Fatalf("still due: %v", due)
-		}
 		r, err := s.Request(ctx, "req_a")
 		check(t, err)
 		if r == nil || r.Status != "closed" || r.Orchestrator != "demo" {
@@ -87,9 +82,9 @@ func TestAnEmptyRedisIsNoticedAndARebuiltOneIsNot(t *testing.T) {
 		check(t, s.Rebuild(t.Context(), "g1", live))
 		gen, err = s.Generation(t.Context())
 		check(t, err)
-		due, _ := s.Due(t.Context(), time.Now().Add(time.Second), 10)
-		if gen != "g1" || len(due) != 2 {
-			t.Fatalf("generation %q, due %v", gen, due)
+		ids, _ := s.Step(t.Context(), "demo", "r", "s")
+		if gen != "g1" || len(ids) != 2 {
+			t.Fatalf("generation %q, live %v", gen, ids)
 		}
 	})
 }
@@ -119,24 +114,6 @@ func TestAClaimIsTakenOnceUntilItEnds(t *testing.T) {
 	})
 }
 
-func TestWhoWaitsForARequestIsWoken(t *testing.T) {
-	both(t, func(t *testing.T, s *inflight.Store) {
-		wake, stop := s.Wake(t.Context(), "req_1")
-		defer stop()
-		for end := time.After(5 * time.Second); ; {
-			// The subscription may not stand yet, so the note is repeated.
-			check(t, s.Put(t.Context(), request("req_1", time.Now())))
-			select {
-			case <-wake:
-				return
-			case <-time.After(20 * time.Millisecond):
-			case <-end:
-				t.Fatal("nobody was woken")
-			}
-		}
-	})
-}
-
 func TestAGoneRedisIsUnavailableAndComesBackEmpty(t *testing.T) {
 	srv := redistest.Start(t)
 	s, err := inflight.Open(inflight.Options{URL: srv.URL(), Timeout: 200 * time.Millisecond})
@@ -148,7 +125,7 @@ func TestAGoneRedisIsUnavailableAndComesBackEmpty(t *testing.T) {
 	_, e1 := s.Generation(ctx)
 	_, e2 := s.Request(ctx, "x")
 	_, e3 := s.Claim(ctx, "x", time.Second)
-	_, e4 := s.Due(ctx, time.Now(), 1)
+	_, e4 := s.Step(ctx, "demo", "r", "s")
 	for i, err := range []error{e1, e2, e3, e4, s.Ping(ctx), s.Put(ctx, request("x", time.Now()))} {
 		if !errors.Is(err, inflight.ErrUnavailable) {
 			t.Errorf("call %d: %v", i, err)
