@@ -94,8 +94,8 @@ func (i *Issuer) warranted(w store.Warrant) (*job, error) {
 		return refuse(stageGrant, "scope %q is not in the issuer's catalogue", v.Grant.Scope)
 	case !scope.MayAsk(v.Intent.Orchestrator):
 		return refuse(stageGrant, "orchestrator %s may not ask for %s", v.Intent.Orchestrator, scope.Name)
-	case scope.Approval != nil || len(w.Decisions) > 0:
-		return refuse(stageGrant, "%s needs approval, which this version does not mint on", scope.Name)
+	case scope.Approval != nil && (v.Rule == nil || !v.Rule.Covers(scope.Approval)):
+		return refuse(stageGrant, "%s needs more approval in the issuer's catalogue than was given", scope.Name)
 	case v.Grant.Delivery != scopes.Direct && v.Grant.Delivery != scopes.Wrapped:
 		return refuse(stageGrant, "delivery %q is not minted", v.Grant.Delivery)
 	}

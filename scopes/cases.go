@@ -27,7 +27,7 @@ func Lint(paths ...string) []Problem {
 		case strings.HasSuffix(path, ".rego"):
 			_, found = readPolicy(path, b)
 		default:
-			_, found = readCatalogue(path, b)
+			_, _, found = readCatalogue(path, b)
 		}
 		out = append(out, found.sorted()...)
 	}

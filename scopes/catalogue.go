@@ -7,7 +7,6 @@ import (
 	"slices"
 	"strings"
 	"time"
-	_ "time/tzdata" // zones of approval hours, on machines without a zone database
 
 	"github.com/goccy/go-yaml/ast"
 
@@ -67,25 +66,28 @@ var deliveries = map[Engine][]string{
 // are no such names: the caller chooses them, and would choose what it gets.
 const ttlName = "ttl"
 
-// readCatalogue reads all scopes of a catalogue.
-func readCatalogue(name string, b []byte) ([]*Scope, Problems) {
+// readCatalogue reads all scopes of a catalogue, and the rule by which people
+// decide what the policy alone wants approved.
+func readCatalogue(name string, b []byte) (out []*Scope, approval *store.Rule, _ Problems) {
 	r := &reader{file: name}
 	body := r.document(b)
 	if body == nil {
-		return nil, r.problems
+		return nil, nil, r.problems
 	}
-	top, ok := r.mapping(body, "the catalogue", "scopes")
+	top, ok := r.mapping(body, "the catalogue", "scopes", "approval")
 	if !ok {
-		return nil, r.problems
+		return nil, nil, r.problems
+	}
+	if v := top.get("approval"); v != nil {
+		approval = r.approval(v)
 	}
 	list := top.get("scopes")
 	if list == nil {
 		if len(r.problems) == 0 {
 			r.bad(body, "the catalogue has no scopes", "write `scopes:` and a list below it")
 		}
-		return nil, r.problems
+		return nil, nil, r.problems
 	}
-	var out []*Scope
 	names, slugs := map[string]position{}, map[string]*Scope{"broker": nil}
 	for _, n := range r.sequence(list, "scopes", maxScopes) {
 		sc := r.scope(n)
@@ -108,7 +110,7 @@ func readCatalogue(name string, b []byte) ([]*Scope, Problems) {
 		slugs[sc.slug] = sc
 		out = append(out, sc)
 	}
-	return out, r.problems
+	return out, approval, r.problems
 }
 
 // slug makes a name that Vault's policies and roles can carry.
@@ -785,12 +787,20 @@ func (r *reader) fills(sc *Scope, f fields) {
 	}
 }
 
-func (r *reader) approval(n ast.Node) *Approval {
-	f, ok := r.mapping(n, "approval", "groups", "expires", "hours", "reasons", "passkey")
+// Bounds of an approval rule.
+const (
+	defaultExpires  = time.Hour
+	defaultCollect  = 10 * time.Minute
+	maxApprovalLife = 7 * 24 * time.Hour
+	maxStandingUses = 1000
+)
+
+func (r *reader) approval(n ast.Node) *store.Rule {
+	f, ok := r.mapping(n, "approval", "groups", "expires", "collect", "hours", "reasons", "passkey", "slack", "standing")
 	if !ok {
 		return nil
 	}
-	a := &Approval{Expires: time.Hour}
+	a := &store.Rule{Expires: store.Duration(defaultExpires), Collect: store.Duration(defaultCollect)}
 	if v := f.get("groups"); v == nil {
 		r.bad(n, "approval has no groups", "say who approves: `groups: [{group: dba, count: 1}]`")
 	} else {
@@ -799,14 +809,14 @@ func (r *reader) approval(n ast.Node) *Approval {
 			if !ok {
 				continue
 			}
-			group := ApprovalGroup{Count: 1}
+			group := store.RuleGroup{Count: 1}
 			if v := g.get("group"); v == nil {
 				r.bad(item, "a group has no name", "write `group: dba`")
 			} else if s, ok := r.text(v, "group", 128); ok {
 				if !store.ValidID(s) {
 					r.bad(v, fmt.Sprintf("group %q cannot be used", clip(s)), "write letters, digits, '.', '_' and '-'")
 				}
-				if slices.ContainsFunc(a.Groups, func(g ApprovalGroup) bool { return g.Group == s }) {
+				if slices.ContainsFunc(a.Groups, func(g store.RuleGroup) bool { return g.Group == s }) {
 					r.bad(v, fmt.Sprintf("the group %q stands twice", clip(s)), "raise its count instead")
 				}
 				group.Group = s
@@ -819,7 +829,33 @@ func (r *reader) approval(n ast.Node) *Approval {
 		}
 	}
 	if v := f.get("expires"); v != nil {
-		a.Expires = r.duration(v, "expires", time.Minute, 7*24*time.Hour)
+		a.Expires = store.Duration(r.duration(v, "expires", time.Second, maxApprovalLife))
+	}
+	if v := f.get("collect"); v != nil {
+		a.Collect = store.Duration(r.duration(v, "collect", time.Second, maxApprovalLife))
+	}
+	if v := f.get("slack"); v != nil {
+		if m, ok := r.mapping(v, "slack", "decide"); ok {
+			if v := m.get("decide"); v != nil {
+				a.Slack = r.boolean(v, "decide")
+			}
+		}
+	}
+	if v := f.get("standing"); v != nil {
+		if m, ok := r.mapping(v, "standing", "uses", "for"); ok {
+			a.Standing = &store.StandingLimit{}
+			for _, key := range []string{"uses", "for"} {
+				switch v := m.get(key); {
+				case v == nil:
+					r.bad(n, "standing has no "+key, "bound an approval for a whole run: `standing: {uses: 10, for: 4h}`")
+				case key == "uses":
+					u, _ := r.integer(v, key, 1, maxStandingUses)
+					a.Standing.Uses = int(u)
+				default:
+					a.Standing.For = store.Duration(r.duration(v, key, time.Minute, maxApprovalLife))
+				}
+			}
+		}
 	}
 	if v := f.get("reasons"); v != nil {
 		if m, ok := r.mapping(v, "reasons", "requester", "approver"); ok {
@@ -837,18 +873,21 @@ func (r *reader) approval(n ast.Node) *Approval {
 	if v := f.get("hours"); v != nil {
 		a.Hours = r.hours(v)
 	}
+	if a.Passkey && a.Slack {
+		r.bad(n, "Slack cannot ask for a passkey", "take out slack, or passkey")
+	}
 	return a
 }
 
 // weekdays in the order of time.Weekday.
 var weekdays = []string{"sun", "mon", "tue", "wed", "thu", "fri", "sat"}
 
-func (r *reader) hours(n ast.Node) *Hours {
+func (r *reader) hours(n ast.Node) *store.Hours {
 	f, ok := r.mapping(n, "hours", "from", "to", "days", "zone")
 	if !ok {
 		return nil
 	}
-	h := &Hours{Zone: "UTC"}
+	h := &store.Hours{Zone: "UTC"}
 	for _, key := range []string{"from", "to"} {
 		to := &h.From
 		if key == "to" {

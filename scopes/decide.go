@@ -32,6 +32,7 @@ const (
 	reasonMayNotAsk = "not allowed to ask for this scope"
 	reasonApproval  = "needs approval"
 	reasonPolicy    = "the policy could not be evaluated"
+	reasonNobody    = "nobody is named who could approve it"
 )
 
 // Decide judges an ask: first who may ask, then the catalogue's bounds, then
@@ -58,8 +59,14 @@ func (s *Set) Decide(ctx context.Context, ask Ask) (*Verdict, error) {
 	if err != nil {
 		return nil, err
 	}
-	if sc.Approval != nil && sc.Approval.Reasons.Requester && strings.TrimSpace(ask.Reason) == "" {
-		return nil, fmt.Errorf("%w: say what %s is needed for", ErrReasonRequired, sc.Name)
+	reasonDue := func(r *store.Rule) error {
+		if r != nil && r.Reasons.Requester && strings.TrimSpace(ask.Reason) == "" {
+			return fmt.Errorf("%w: say what %s is needed for", ErrReasonRequired, sc.Name)
+		}
+		return nil
+	}
+	if err := reasonDue(sc.Approval); err != nil {
+		return nil, err
 	}
 	grant, err := sc.grant(ttl, values, ask.Delivery, ask.PublicKey, ask.Audience)
 	if err != nil {
@@ -67,7 +74,7 @@ func (s *Set) Decide(ctx context.Context, ask Ask) (*Verdict, error) {
 	}
 	v := &Verdict{Scope: sc, Outcome: store.Allow, Reasons: []string{}, Grant: grant}
 	if sc.Approval != nil {
-		v.Outcome, v.Reasons = store.NeedsApproval, []string{reasonApproval}
+		v.Outcome, v.Reasons, v.Rule = store.NeedsApproval, []string{reasonApproval}, sc.Approval
 	}
 	if s.policy == nil {
 		return v, nil
@@ -85,6 +92,19 @@ func (s *Set) Decide(ctx context.Context, ask Ask) (*Verdict, error) {
 	case len(said.approval) > 0:
 		v.Outcome = store.NeedsApproval
 		v.Reasons = append([]string{reasonApproval}, said.approval...)
+		if v.Rule = sc.Approval; v.Rule == nil && len(said.groups) == 0 {
+			v.Rule = s.approval
+		}
+		if len(said.groups) > 0 {
+			v.Rule = v.Rule.And(&store.Rule{Groups: said.groups, Expires: store.Duration(defaultExpires), Collect: store.Duration(defaultCollect)})
+		}
+		if v.Rule == nil {
+			v.Outcome, v.Reasons = store.Deny, append(v.Reasons, reasonNobody)
+			return v, nil
+		}
+		if err := reasonDue(v.Rule); err != nil {
+			return nil, err
+		}
 	}
 	shortest := ttl
 	for _, x := range said.shorten {

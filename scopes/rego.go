@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strconv"
 	"time"
@@ -35,6 +36,7 @@ type policy struct{ query rego.PreparedEvalQuery }
 // said is what a policy answered, each list sorted.
 type said struct {
 	deny, approval []string
+	groups         []store.RuleGroup // who must approve, where the policy says so
 	shorten        []shortening
 }
 
@@ -249,6 +251,12 @@ func (p *policy) eval(ctx context.Context, sc *Scope, ask Ask, g store.Grant) (*
 func (s *said) add(word string, item any) error {
 	switch word {
 	case "deny", "approval":
+		if m, ok := item.(map[string]any); ok && word == "approval" {
+			var err error
+			if item, err = s.demand(m); err != nil {
+				return fmt.Errorf("%s: %w", word, err)
+			}
+		}
 		msg, err := reason(item)
 		if err != nil {
 			return fmt.Errorf("%s: %w", word, err)
@@ -278,6 +286,30 @@ func (s *said) add(word string, item any) error {
 	}
 	s.shorten = append(s.shorten, shortening{d, msg})
 	return nil
+}
+
+// demand reads {"reason": …, "groups": {"dba": 2}} and returns the reason.
+func (s *said) demand(m map[string]any) (reason any, err error) {
+	groups, ok := m["groups"].(map[string]any)
+	if !ok || len(m) != 2 || len(groups) == 0 {
+		return nil, errors.New(`an item is neither a reason nor {"reason": "why", "groups": {"dba": 1}}`)
+	}
+	for _, name := range slices.Sorted(maps.Keys(groups)) {
+		n, ok := groups[name].(json.Number)
+		count, err := n.Int64()
+		if !ok || err != nil || count < 1 || count > 20 || !store.ValidID(name) {
+			return nil, fmt.Errorf("group %q: a name, and 1 to 20 people", clip(name))
+		}
+		if i := slices.IndexFunc(s.groups, func(g store.RuleGroup) bool { return g.Group == name }); i >= 0 {
+			s.groups[i].Count = max(s.groups[i].Count, int(count))
+		} else {
+			s.groups = append(s.groups, store.RuleGroup{Group: name, Count: int(count)})
+		}
+	}
+	if len(s.groups) > 10 {
+		return nil, errors.New("more than 10 groups")
+	}
+	return m["reason"], nil
 }
 
 func reason(v any) (string, error) {

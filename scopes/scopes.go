@@ -60,7 +60,8 @@ const (
 type Set struct {
 	scopes    []*Scope // in the order of the file
 	byName    map[string]*Scope
-	policy    *policy // nil where none is set
+	policy    *policy     // nil where none is set
+	approval  *store.Rule // where the policy demands approval and the scope has no rule
 	digest    string
 	catalogue string
 	rego      string
@@ -84,7 +85,7 @@ type Scope struct {
 	Connection  *Connection
 	Masking     []string      // fields that the access path hides
 	Retention   time.Duration // how long the sealed texts are kept; 0: by sensitivity
-	Approval    *Approval     // nil where nobody has to approve
+	Approval    *store.Rule   // who must approve; nil where nobody has to
 
 	slug     string
 	ask      []*regexp.Regexp
@@ -146,32 +147,6 @@ type Connection struct {
 	Database string `json:"database"`
 }
 
-// Approval is the rule by which people decide.
-type Approval struct {
-	Groups  []ApprovalGroup
-	Expires time.Duration
-	Hours   *Hours // nil: at any time
-	Reasons ApprovalReasons
-	Passkey bool // a decision must be signed
-}
-
-// ApprovalReasons says who owes a reason.
-type ApprovalReasons struct{ Requester, Approver bool }
-
-// ApprovalGroup is how many people of a group must approve.
-type ApprovalGroup struct {
-	Group string
-	Count int
-}
-
-// Hours are when a scope may be approved.
-type Hours struct {
-	From string         // "08:00"
-	To   string         // "18:00"; earlier than From: over midnight
-	Days []time.Weekday // empty: every day
-	Zone string         // IANA name, "UTC" where none is given
-}
-
 // Ask is one request for a credential.
 type Ask struct {
 	Agent         string // SPIFFE ID of the step
@@ -199,6 +174,8 @@ type Verdict struct {
 	// denial by policy. Where the orchestrator may not ask at all, the ask was
 	// not looked at: Grant then has scope, engine and target alone.
 	Grant store.Grant
+	// Rule says who must approve, where the outcome is needs-approval.
+	Rule *store.Rule
 	// Err is why the policy could not be evaluated; the outcome is deny then.
 	// It is for the operator's log, not for the caller.
 	Err error
@@ -235,9 +212,10 @@ func readFile(path string) ([]byte, error) {
 // Parse checks and compiles a catalogue and its policy; the names are for
 // messages. An empty policyName means no policy. The error is Problems.
 func Parse(name string, catalogue []byte, policyName string, rego []byte) (*Set, error) {
-	list, problems := readCatalogue(name, catalogue)
+	list, approval, problems := readCatalogue(name, catalogue)
 	s := &Set{
 		scopes:    list,
+		approval:  approval,
 		byName:    make(map[string]*Scope, len(list)),
 		catalogue: digest(catalogue),
 	}

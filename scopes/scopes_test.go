@@ -247,7 +247,7 @@ func TestAScopeWithAnApprovalRuleNeedsApproval(t *testing.T) {
 	if v.Outcome != store.NeedsApproval || !slices.Equal(v.Reasons, []string{"needs approval"}) {
 		t.Errorf("got %s %q", v.Outcome, v.Reasons)
 	}
-	if v.Scope.Approval.Groups[0] != (ApprovalGroup{"dba", 2}) || !v.Scope.Approval.Reasons.Approver || v.Scope.Approval.Expires != time.Hour {
+	if v.Scope.Approval.Groups[0] != (store.RuleGroup{Group: "dba", Count: 2}) || !v.Scope.Approval.Reasons.Approver || v.Scope.Approval.Expires != store.Duration(time.Hour) {
 		t.Errorf("the rule is %+v", v.Scope.Approval)
 	}
 	if v.Grant.Role == "" {

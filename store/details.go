@@ -63,6 +63,11 @@ type RequestedDetails struct {
 	Join  string `json:"join"`
 	Body  string `json:"body"`  // PrivacyKey.Digest("body", …) of the canonical request body
 	Keyed bool   `json:"keyed"` // the caller sent an Idempotency-Key
+	// After is the request that held the join before, and came to an end that
+	// its caller was told of: denied, expired or void.
+	After string `json:"after,omitzero"`
+	// Standing is set where the request draws on an approval for its whole run.
+	Standing *StandingUse `json:"standing,omitzero"`
 }
 
 // IssuingDetails are the details of credential.issuing, the intent. The
@@ -71,6 +76,9 @@ type IssuingDetails struct {
 	Attempt int    `json:"attempt"`  // 1, or 2 for the one retry
 	Grant   string `json:"grant"`    // Grant.Digest of the request's grant
 	NotPast Time   `json:"not_past"` // the latest end that the credential may have
+	// Approval is the request whose decisions this mint rests on; empty where
+	// nobody had to approve.
+	Approval string `json:"approval,omitzero"`
 }
 
 // IssuedDetails are the details of credential.issued. Accessor and lease

@@ -18,8 +18,9 @@ const (
 // Status of an open request, as GET /requests/{id} reports it.
 type Status string
 
-// The statuses a request can have. Only approved, issuing and issued requests
-// are held in State, and closed ones whose idempotency key is remembered.
+// The statuses a request can have. Held in State are pending, approved and
+// issued requests, and closed ones that are remembered: for their idempotency
+// key, for what the next caller is to be told, for a standing approval.
 const (
 	StatusPending   Status = "pending_approval"
 	StatusApproved  Status = "approved" // an intent may be, or is being, written
@@ -60,12 +61,74 @@ type Request struct {
 	IssuedIndex  int64    `json:"issued_index"` // index of the latest credential.issued
 	IssuedAt     Time     `json:"issued_at"`    // recorder's time of the first credential.issued
 	Expires      Time     `json:"expires"`
-	Forget       Time     `json:"forget"` // when a closed, keyed request is forgotten
+	Forget       Time     `json:"forget"` // when a closed request is forgotten whose join is still held
+
+	// Pending is what people were asked, nil where they were not.
+	Pending *Pending `json:"pending,omitzero"`
+	// Standing is the request whose standing approval this one draws on.
+	Standing string `json:"standing,omitzero"`
+}
+
+// Pending is what the record says of a request that people decide.
+type Pending struct {
+	Approval  string   `json:"approval"`
+	Index     int64    `json:"index"`     // of approval.requested
+	Requested string   `json:"requested"` // its leaf hash, base64
+	Rule      Rule     `json:"rule"`
+	Excluded  []string `json:"excluded"` // pseudonyms of the requester's side, the subject among them
+	Expires   Time     `json:"expires"`  // when it stops waiting: for people, or, once approved, to be collected
+	Votes     []Vote   `json:"votes"`
+	Used      int      `json:"used"` // how often requests of the run drew on it
+}
+
+// Terms returns what p's approvals allow for the whole run in scope at now: nil
+// where they do not, or not any more.
+func (p *Pending) Terms(scope string, now Time) *StandingTerms {
+	var votes []Vote
+	var terms *StandingTerms
+	for _, v := range p.Votes {
+		if v.Standing == nil || !slices.Contains(v.Standing.Scopes, scope) || now.After(v.Standing.Until.Time) || p.Used >= v.Standing.Uses {
+			continue
+		}
+		votes = append(votes, v)
+		if terms == nil || v.Standing.Uses < terms.Uses {
+			terms = v.Standing
+		}
+	}
+	if _, met := p.Rule.Tally(votes); !met {
+		return nil
+	}
+	return terms
+}
+
+// Standing returns the votes by which p's approvals hold for the whole run in
+// scope.
+func (p *Pending) standing(scope string) (votes []Vote) {
+	for _, v := range p.Votes {
+		if v.Standing != nil && slices.Contains(v.Standing.Scopes, scope) {
+			votes = append(votes, v)
+		}
+	}
+	return votes
 }
 
 // Open reports whether r is still under way or has a live credential: what a
 // writer may read.
-func (r *Request) Open() bool { return r.Minting || r.Live || r.Status == StatusApproved }
+func (r *Request) Open() bool {
+	return r.Minting || r.Live || r.Status == StatusApproved || r.Status == StatusPending || r.Stands()
+}
+
+// Stands reports whether requests of the same run may still draw on r's
+// approval, as far as the time does not forbid it.
+func (r *Request) Stands() bool {
+	return r.Pending != nil && slices.ContainsFunc(r.Pending.Votes, func(v Vote) bool { return v.Standing != nil && r.Pending.Used < v.Standing.Uses }) &&
+		(r.Status == StatusApproved || r.Status == StatusIssued)
+}
+
+// refused reports whether r came to an end that the next caller is told of.
+func (r *Request) refused() bool {
+	return r.Status == StatusDenied || r.Status == StatusExpired || r.Status == StatusVoid
+}
 
 // OrderCode says which rule of order an append would have broken.
 type OrderCode string
@@ -81,6 +144,13 @@ const (
 	OrderOutcome   OrderCode = "outcome"        // the intent has an outcome, or is another's
 	OrderNotLive   OrderCode = "not-live"       // the credential is closed or was never issued
 	OrderMismatch  OrderCode = "mismatch"       // the entry contradicts the request it names
+	OrderWeak      OrderCode = "rule-weaker"    // the catalogue of the recorder asks for more people than the entry
+	OrderSelf      OrderCode = "self-approval"  // the person is on the requester's side
+	OrderApprover  OrderCode = "not-approver"   // the person is in no group of the rule
+	OrderDecided   OrderCode = "decided"        // the person has approved already
+	OrderHours     OrderCode = "hours"          // outside the hours of the rule
+	OrderPasskey   OrderCode = "passkey-due"    // the rule wants a passkey's signature
+	OrderReason    OrderCode = "reason-due"     // the rule wants a reason
 )
 
 // OrderError refuses an append that would break the order of the record.
@@ -226,13 +296,21 @@ func (b *Batch) Forget(now Time) {
 // the recorder itself writes it. The error is an *OrderError, or wraps
 // ErrMalformed where the details do not decode; after an error the batch is
 // of no use.
-func (b *Batch) Admit(e *Entry, index int64, byRecorder bool) error {
+//
+// leaf is e's stored bytes.
+func (b *Batch) Admit(e *Entry, leaf []byte, index int64, byRecorder bool) error {
 	if !byRecorder && e.Type.Known() && !e.Type.Writable() {
 		return &OrderError{Code: OrderForbidden, Message: fmt.Sprintf("no writer may append %s", e.Type)}
 	}
 	switch e.Type {
 	case StepRequested:
 		return b.requested(e, index)
+	case ApprovalRequested:
+		return b.asked(e, leaf, index)
+	case ApprovalDecided, ApprovalStanding:
+		return b.decided(e, index)
+	case ApprovalExpired:
+		return b.expired(e)
 	case RequestWithdrawn, RequestVoid:
 		return b.closeRequest(e)
 	case CredentialIssuing:
@@ -258,23 +336,205 @@ func (b *Batch) requested(e *Entry, index int64) error {
 	if r := b.get(e.Request); r != nil {
 		return &OrderError{Code: OrderReused, Message: "request " + e.Request + " is on record already", Request: r}
 	}
-	if e.Decision.Outcome != Allow {
+	switch e.Decision.Outcome {
+	case Allow, NeedsApproval:
+	default:
 		return nil // a denial opens nothing
 	}
-	if d.Join == "" || d.Grant.TTL <= 0 {
-		return fmt.Errorf("%w: step.requested without join or ttl", ErrMalformed)
+	if d.Join == "" || d.Grant.TTL <= 0 || d.Standing != nil && e.Decision.Outcome != NeedsApproval {
+		return fmt.Errorf("%w: step.requested without join or ttl, or with an approval that nobody asked for", ErrMalformed)
 	}
 	if r := b.joined(d.Join, e.Time); r != nil {
-		return &OrderError{Code: OrderJoined, Message: "request " + r.ID + " is the same request", Request: r}
+		if !r.refused() || d.After != r.ID {
+			return &OrderError{Code: OrderJoined, Message: "request " + r.ID + " is the same request", Request: r}
+		}
+		b.forget(r)
 	}
-	b.touched[e.Request] = &Request{
+	r := &Request{
 		ID: e.Request, Join: d.Join, Body: d.Body, Keyed: d.Keyed,
 		Orchestrator: e.Orchestrator, Run: e.Run, Step: e.Step, Scope: e.Action,
 		Grant: d.Grant.Digest(), TTL: d.Grant.TTL, Revocable: d.Grant.Revocable,
 		Status: StatusApproved, Requested: index,
 	}
+	if e.Decision.Outcome == NeedsApproval {
+		r.Status = StatusPending
+		if d.Standing != nil {
+			if err := b.draw(e, r, d.Standing); err != nil {
+				return err
+			}
+		}
+	}
+	b.touched[e.Request] = r
 	b.joins[d.Join] = e.Request
 	return nil
+}
+
+// draw takes one use of a standing approval for r.
+func (b *Batch) draw(e *Entry, r *Request, use *StandingUse) error {
+	from := b.get(use.Request)
+	refuse := func(m string) error { return &OrderError{Code: OrderNotOpen, Message: m, Request: from} }
+	if err := use.Rule.Valid(); err != nil {
+		return fmt.Errorf("%w: %w", ErrMalformed, err)
+	}
+	switch {
+	case from == nil || from.Pending == nil || !from.Stands():
+		return refuse("request " + use.Request + " carries no standing approval")
+	case from.Orchestrator != r.Orchestrator || from.Run != r.Run:
+		return refuse("the standing approval is of another run")
+	case from.Pending.Terms(r.Scope, e.Time) == nil:
+		return refuse("the standing approval does not cover " + r.Scope + ", is used up or over")
+	case use.Rule.Passkey && !from.Pending.Rule.Passkey:
+		return refuse("the standing approval was not signed with a passkey")
+	}
+	votes := from.Pending.standing(r.Scope)
+	for _, v := range votes {
+		if slices.Contains(use.Excluded, v.Person) || e.Subject != nil && e.Subject.ID == v.Person {
+			return refuse("the standing approval is by a person on the requester's side")
+		}
+	}
+	if _, met := use.Rule.Tally(votes); !met {
+		return refuse("the standing approval does not meet the rule")
+	}
+	from.Pending = from.Pending.clone()
+	from.Pending.Used++
+	r.Status, r.Standing = StatusApproved, from.ID
+	return nil
+}
+
+// clone copies what a batch may change: requests in State share nothing with
+// those in a batch.
+func (p *Pending) clone() *Pending {
+	c := *p
+	c.Votes = slices.Clone(p.Votes)
+	return &c
+}
+
+// Complete is asked after the last entry of an append: a request that waits for
+// people must say in the same append what they are asked.
+func (b *Batch) Complete() error {
+	for _, r := range b.touched {
+		if r != nil && r.Status == StatusPending && r.Pending == nil {
+			return &OrderError{Code: OrderMismatch, Message: "request " + r.ID + " needs approval, and approval.requested is not in the same append", Request: r}
+		}
+	}
+	return nil
+}
+
+// asked takes approval.requested.
+func (b *Batch) asked(e *Entry, leaf []byte, index int64) error {
+	d, err := DetailsAs[ApprovalRequestedDetails](e)
+	if err != nil {
+		return err
+	}
+	if err := d.Rule.Valid(); err != nil || !ValidID(d.Approval) {
+		return fmt.Errorf("%w: approval.requested: %w", ErrMalformed, err)
+	}
+	r, err := b.of(e)
+	if err != nil {
+		return err
+	}
+	switch {
+	case r.Status != StatusPending || r.Pending != nil:
+		return &OrderError{Code: OrderNotOpen, Message: "request " + r.ID + " waits for nobody", Request: r}
+	case d.Grant.Digest() != r.Grant:
+		return &OrderError{Code: OrderMismatch, Message: "people are asked for something other than what was requested", Request: r}
+	case d.Rule.Reasons.Requester && e.Sealed[SealedReason] == "":
+		return &OrderError{Code: OrderReason, Message: "the rule wants the requester's reason", Request: r}
+	}
+	r.Pending = &Pending{
+		Approval: d.Approval, Index: index, Requested: HashText(LeafHash(leaf)), Rule: d.Rule,
+		Excluded: append([]string{}, d.Excluded...), Expires: At(e.Time.Add(time.Duration(d.Rule.Expires))), Votes: []Vote{},
+	}
+	if e.Subject != nil {
+		r.Pending.Excluded = append(r.Pending.Excluded, e.Subject.ID)
+	}
+	return nil
+}
+
+// May says whether person, in groups, may decide r at now. reason and passkey
+// say that a reason and a passkey's signature are given. The error is an
+// *OrderError.
+func (r *Request) May(decision, person string, groups []string, reason, passkey bool, now Time) error {
+	refuse := func(c OrderCode, m string) error { return &OrderError{Code: c, Message: m, Request: r} }
+	p := r.Pending
+	switch {
+	case p == nil || r.Status != StatusPending:
+		return refuse(OrderNotOpen, "request "+r.ID+" is "+string(r.Status))
+	case !now.Before(p.Expires.Time):
+		return refuse(OrderNotOpen, "request "+r.ID+" has expired")
+	case slices.Contains(p.Excluded, person):
+		return refuse(OrderSelf, "the person is on the requester's side")
+	case !p.Rule.Has(groups):
+		return refuse(OrderApprover, "the person is in no group that may decide")
+	case p.Rule.Reasons.Approver && !reason:
+		return refuse(OrderReason, "the rule wants a reason")
+	case decision == Refuse:
+		return nil // at any hour, signed or not
+	case slices.ContainsFunc(p.Votes, func(v Vote) bool { return v.Person == person }):
+		return refuse(OrderDecided, "the person has approved already")
+	case p.Rule.Hours != nil && !p.Rule.Hours.Contains(now.Time):
+		return refuse(OrderHours, "approvals are taken "+p.Rule.Hours.String())
+	case p.Rule.Passkey && !passkey:
+		return refuse(OrderPasskey, "the rule wants a passkey's signature")
+	}
+	return nil
+}
+
+// decided takes a person's decision.
+func (b *Batch) decided(e *Entry, index int64) error {
+	d, err := DetailsAs[DecidedDetails](e)
+	if err != nil {
+		return err
+	}
+	if e.Person == nil || *e.Person == "" || d.Decision != Approve && d.Decision != Refuse || (e.Type == ApprovalStanding) != (d.Standing != nil) ||
+		d.Standing != nil && d.Decision != Approve {
+		return fmt.Errorf("%w: %s must name a person and a decision", ErrMalformed, e.Type)
+	}
+	r, err := b.of(e)
+	if err != nil {
+		return err
+	}
+	if err := r.May(d.Decision, *e.Person, d.Groups, e.Sealed[SealedReason] != "", d.Assertion != nil, e.Time); err != nil {
+		return err
+	}
+	if d.Approval != r.Pending.Approval || d.Requested != r.Pending.Requested {
+		return &OrderError{Code: OrderMismatch, Message: "the decision is on something other than what was asked", Request: r}
+	}
+	if s := d.Standing; s != nil {
+		l := r.Pending.Rule.Standing
+		if l == nil || s.Uses < 1 || s.Uses > l.Uses || len(s.Scopes) == 0 || s.Until.After(e.Time.Add(time.Duration(l.For))) {
+			return &OrderError{Code: OrderMismatch, Message: "the rule does not allow such a standing approval", Request: r}
+		}
+	}
+	if d.Decision == Refuse {
+		b.hold(r, StatusDenied, e.Time)
+		return nil
+	}
+	r.Pending = r.Pending.clone()
+	r.Pending.Votes = append(r.Pending.Votes, Vote{Person: *e.Person, Groups: d.Groups, Index: index, Standing: d.Standing})
+	if _, met := r.Pending.Rule.Tally(r.Pending.Votes); met {
+		r.Status, r.Pending.Expires = StatusApproved, At(e.Time.Add(time.Duration(r.Pending.Rule.Collect)))
+	}
+	return nil
+}
+
+// expired takes approval.expired.
+func (b *Batch) expired(e *Entry) error {
+	r, err := b.of(e)
+	if err != nil {
+		return err
+	}
+	if r.Pending == nil || r.Minting || r.Status != StatusPending && r.Status != StatusApproved || e.Time.Before(r.Pending.Expires.Time) {
+		return &OrderError{Code: OrderNotOpen, Message: "request " + r.ID + " does not expire now", Request: r}
+	}
+	b.hold(r, StatusExpired, e.Time)
+	return nil
+}
+
+// hold closes r, and keeps its join until the next caller was told why, or a
+// day has passed.
+func (b *Batch) hold(r *Request, s Status, now Time) {
+	r.Status, r.Forget = s, At(now.Add(KeyLife))
 }
 
 // of returns the request that e names, when e does not contradict it.
@@ -294,13 +554,14 @@ func (b *Batch) closeRequest(e *Entry) error {
 	if err != nil {
 		return err
 	}
-	if r.Minting || r.Status != StatusApproved {
+	if r.Minting || r.Status != StatusApproved && r.Status != StatusPending {
 		return &OrderError{Code: OrderNotOpen, Message: "request " + r.ID + " is past the point where it can be taken back", Request: r}
 	}
-	r.Status = StatusWithdrawn
 	if e.Type == RequestVoid {
-		r.Status = StatusVoid
+		b.hold(r, StatusVoid, e.Time)
+		return nil
 	}
+	r.Status = StatusWithdrawn
 	b.forget(r)
 	return nil
 }
@@ -326,6 +587,10 @@ func (b *Batch) issuing(e *Entry, index int64) error {
 		return fail(OrderMismatch, "the intent ends later than what was requested")
 	case r.Attempt == 0 && r.Status != StatusApproved:
 		return fail(OrderNotOpen, "request "+r.ID+" is "+string(r.Status))
+	case r.Attempt == 0 && r.Pending != nil && !e.Time.Before(r.Pending.Expires.Time):
+		return fail(OrderNotOpen, "the approval of request "+r.ID+" was not collected in time")
+	case d.Approval != r.approval():
+		return fail(OrderMismatch, "the intent does not point at the approval that it rests on")
 	case r.Attempt > 0 && (r.Status != StatusIssued || !r.Keyed || !r.Revocable || r.Live || r.Attempt >= MaxAttempts):
 		return fail(OrderAttempt, "request "+r.ID+" may not be minted again")
 	case r.Attempt > 0 && e.Time.Sub(r.IssuedAt.Time) > RetryWindow:
@@ -336,6 +601,15 @@ func (b *Batch) issuing(e *Entry, index int64) error {
 	r.Attempt, r.Minting, r.Forget = d.Attempt, true, Time{}
 	r.Intent, r.IntentIndex, r.IntentTime, r.IntentWriter, r.NotPast = e.ID, index, e.Time, e.Writer, d.NotPast
 	return nil
+}
+
+// approval is the request whose decisions r rests on, empty where nobody had to
+// approve.
+func (r *Request) approval() string {
+	if r.Pending != nil {
+		return r.ID
+	}
+	return r.Standing
 }
 
 // outcome returns the request whose open intent e closes.
@@ -410,7 +684,15 @@ func (b *Batch) failed(e *Entry) error {
 		}
 	}
 	r.Minting = false
+	if r.Attempt == 1 && r.Pending != nil {
+		r.Attempt = 0 // what people approved may be tried again, as long as it may be collected
+		return nil
+	}
 	if r.Attempt == 1 {
+		if from := b.get(r.Standing); from != nil && from.Pending != nil && from.Pending.Used > 0 {
+			from.Pending = from.Pending.clone()
+			from.Pending.Used-- // nothing came of it
+		}
 		// Nothing was handed out, so the same request may be made anew, also
 		// under the same key.
 		r.Status = StatusFailed
@@ -441,9 +723,24 @@ func (b *Batch) ended(e *Entry) error {
 // closed drops a request that nothing hangs on any more, or, where it has an
 // idempotency key, marks when it will be forgotten.
 func (b *Batch) closed(r *Request, now Time) {
-	if !r.Keyed {
+	stands := Time{}
+	if r.Pending != nil {
+		for _, v := range r.Pending.Votes {
+			if v.Standing != nil && v.Standing.Until.After(stands.Time) {
+				stands = v.Standing.Until
+			}
+		}
+	}
+	switch {
+	case r.Keyed:
+		r.Forget = At(now.Add(KeyLife))
+	case stands.After(now.Time):
+		r.Forget = stands
+	default:
 		b.forget(r)
 		return
 	}
-	r.Forget = At(now.Add(KeyLife))
+	if stands.After(r.Forget.Time) {
+		r.Forget = stands
+	}
 }

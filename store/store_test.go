@@ -373,7 +373,7 @@ func FuzzParseLeaf(f *testing.F) {
 			return
 		}
 		s := NewState()
-		_ = s.Begin().Admit(e, 0, true) // must not panic
+		_ = s.Begin().Admit(e, nil, 0, true) // must not panic
 		_ = e.Type.Known()
 	})
 }

@@ -45,7 +45,7 @@ var writable = map[Type]bool{
 	CredentialUsed: true, CredentialRevoked: true, CredentialExpired: true,
 	AccessRefused: true, AlertRaised: true, PolicyLoaded: true,
 
-	ApprovalRequested: false, // becomes writable with the approval flow
+	ApprovalRequested: true,
 	ApprovalDecided:   false, ApprovalExpired: false, ApprovalStanding: false,
 	FreezeSet: false, FreezeLifted: false,
 	PasskeyEnrolled: false, PasskeyActivated: false, PasskeyRevoked: false, SlackLinked: false,

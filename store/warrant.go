@@ -3,6 +3,7 @@ package store
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 )
 
@@ -16,9 +17,18 @@ var ErrWarrant = errors.New("no warrant to mint")
 // Warrant is what the issuer must be shown before it mints: proof that the
 // request, the decisions on it, and the intent to mint are on record.
 type Warrant struct {
-	Request   Receipt   // of step.requested
-	Decisions []Receipt // of approval.decided, where people had to decide
-	Intent    Receipt   // of credential.issuing
+	Request Receipt // of step.requested
+	Intent  Receipt // of credential.issuing
+	// Approval proves what people approved, nil where nobody had to.
+	Approval *Approval
+}
+
+// Approval is the proof that people approved. Requested and Decisions are of the
+// request itself, or of the one whose standing approval it draws on.
+type Approval struct {
+	Requested Receipt   // of approval.requested
+	Decisions []Receipt // of the approvals that fill the rule's seats
+	Passkeys  []Receipt // passkey.enrolled and passkey.activated of the keys that signed
 }
 
 // Warranted is what a valid warrant allows.
@@ -27,6 +37,8 @@ type Warranted struct {
 	Intent  *Entry
 	Grant   Grant
 	Issuing IssuingDetails
+	// Rule is the rule that was met; nil where nobody had to approve.
+	Rule *Rule
 }
 
 // Verify checks the proofs of w against the log's key and its entries against
@@ -54,8 +66,10 @@ func (w *Warrant) Verify(log *LogVerifier, now time.Time) (*Warranted, error) {
 		return refuse("the intent is of another request")
 	case w.Intent.Index <= w.Request.Index:
 		return refuse("the intent precedes its request")
-	case req.Decision == nil || req.Decision.Outcome != Allow:
+	case req.Decision == nil || req.Decision.Outcome != Allow && req.Decision.Outcome != NeedsApproval:
 		return refuse("the request was not allowed")
+	case (req.Decision.Outcome == NeedsApproval) != (w.Approval != nil):
+		return refuse("the request needs approval and none is shown, or the other way round")
 	case intent.Decision == nil || intent.Decision.Outcome != Allow:
 		return refuse("the intent carries no decision that allows it")
 	}
@@ -77,5 +91,160 @@ func (w *Warrant) Verify(log *LogVerifier, now time.Time) (*Warranted, error) {
 	case !id.NotPast.After(now):
 		return refuse("the credential would have ended already")
 	}
-	return &Warranted{Request: req, Intent: intent, Grant: rd.Grant, Issuing: id}, nil
+	out := &Warranted{Request: req, Intent: intent, Grant: rd.Grant, Issuing: id}
+	if w.Approval != nil {
+		if out.Rule, err = w.Approval.verify(log, req, &rd, intent, &id, w.Intent.Index); err != nil {
+			return refuse("approval: %w", err)
+		}
+	}
+	return out, nil
+}
+
+// verify checks that people approved what intent would mint, and returns the
+// rule they met.
+func (a *Approval) verify(log *LogVerifier, req *Entry, rd *RequestedDetails, intent *Entry, id *IssuingDetails, before int64) (*Rule, error) {
+	if len(a.Decisions) > maxRuleGroups*maxRuleCount || len(a.Passkeys) > 2*maxRuleGroups*maxRuleCount {
+		return nil, errors.New("too many decisions")
+	}
+	asked, err := log.Check(a.Requested)
+	if err != nil {
+		return nil, err
+	}
+	if asked.Type != ApprovalRequested {
+		return nil, fmt.Errorf("entry %d is %s, not approval.requested", a.Requested.Index, asked.Type)
+	}
+	ad, err := DetailsAs[ApprovalRequestedDetails](asked)
+	if err != nil {
+		return nil, err
+	}
+	rule, excluded := ad.Rule, ad.Excluded
+	standing := rd.Standing != nil
+	switch {
+	case standing && (rd.Standing.Request != asked.Request || asked.Orchestrator != req.Orchestrator || asked.Run != req.Run):
+		return nil, errors.New("the standing approval is of another run")
+	case !standing && (asked.Request != req.Request || asked.Orchestrator != req.Orchestrator || asked.Run != req.Run || asked.Step != req.Step || asked.Action != req.Action || asked.Agent != req.Agent):
+		return nil, errors.New("the approval is of another request")
+	case !standing && ad.Grant.Digest() != rd.Grant.Digest():
+		return nil, errors.New("people were shown something other than what would be granted")
+	case id.Approval != asked.Request:
+		return nil, errors.New("the intent points at another approval")
+	case rule.Valid() != nil:
+		return nil, rule.Valid()
+	}
+	if standing {
+		rule, excluded = rd.Standing.Rule, append(slices.Clone(excluded), rd.Standing.Excluded...)
+		if rule.Valid() != nil {
+			return nil, rule.Valid()
+		}
+		if rule.Passkey && !ad.Rule.Passkey {
+			return nil, errors.New("the standing approval was not signed with passkeys")
+		}
+	}
+	for _, e := range []*Entry{asked, req} {
+		if e.Subject != nil {
+			excluded = append(excluded, e.Subject.ID)
+		}
+	}
+	keys, err := a.passkeys(log)
+	if err != nil {
+		return nil, err
+	}
+	requested := HashText(LeafHash(a.Requested.Leaf))
+	var votes []Vote
+	var latest Time
+	for _, r := range a.Decisions {
+		e, err := log.Check(r)
+		if err != nil {
+			return nil, err
+		}
+		d, err := DetailsAs[DecidedDetails](e)
+		if err != nil {
+			return nil, err
+		}
+		switch {
+		case !e.Type.IsDecision() || e.Person == nil || *e.Person == "":
+			return nil, fmt.Errorf("entry %d is no decision", r.Index)
+		case d.Decision != Approve:
+			return nil, fmt.Errorf("decision %d is a denial", r.Index)
+		case d.Requested != requested || d.Approval != ad.Approval:
+			return nil, fmt.Errorf("decision %d is on something else", r.Index)
+		case r.Index <= a.Requested.Index || r.Index >= before:
+			return nil, fmt.Errorf("decision %d does not lie between what was asked and the intent", r.Index)
+		case !e.Time.Before(asked.Time.Add(time.Duration(ad.Rule.Expires))):
+			return nil, fmt.Errorf("decision %d came after the request had expired", r.Index)
+		case slices.Contains(excluded, *e.Person):
+			return nil, fmt.Errorf("decision %d is by a person on the requester's side", r.Index)
+		case ad.Rule.Hours != nil && !ad.Rule.Hours.Contains(e.Time.Time):
+			return nil, fmt.Errorf("decision %d was taken outside %s", r.Index, ad.Rule.Hours)
+		case rule.Reasons.Approver && e.Sealed[SealedReason] == "":
+			return nil, fmt.Errorf("decision %d gives no reason", r.Index)
+		case standing && (d.Standing == nil || !slices.Contains(d.Standing.Scopes, req.Action) || intent.Time.After(d.Standing.Until.Time)):
+			return nil, fmt.Errorf("decision %d does not stand for %s at that time", r.Index, req.Action)
+		}
+		switch k := keys[assertionOf(&d)]; {
+		case d.Assertion == nil && ad.Rule.Passkey:
+			return nil, fmt.Errorf("decision %d is not signed", r.Index)
+		case d.Assertion == nil:
+		case k == nil || k.owner != *e.Person || !k.active || k.since >= r.Index:
+			return nil, fmt.Errorf("decision %d is signed with a key that is not shown to be the person's", r.Index)
+		default:
+			if err := d.Assertion.Verify(&k.EnrolledDetails, DecisionDigest(log.Origin(), e, &d)); err != nil {
+				return nil, fmt.Errorf("decision %d: %w", r.Index, err)
+			}
+		}
+		votes = append(votes, Vote{Person: *e.Person, Groups: d.Groups})
+		if e.Time.After(latest.Time) {
+			latest = e.Time
+		}
+	}
+	if _, met := rule.Tally(votes); !met {
+		return nil, errors.New("the rule is not met")
+	}
+	if !standing && !intent.Time.Before(latest.Add(time.Duration(ad.Rule.Collect))) {
+		return nil, errors.New("the approval was not collected in time")
+	}
+	return &rule, nil
+}
+
+func assertionOf(d *DecidedDetails) string {
+	if d.Assertion == nil {
+		return ""
+	}
+	return d.Assertion.Enrolled
+}
+
+// passkey is an enrolled key, as receipts show it.
+type passkey struct {
+	EnrolledDetails
+	owner  string
+	active bool
+	since  int64 // index of the activation
+}
+
+// passkeys reads the enrolments that a shows, by their entry IDs.
+func (a *Approval) passkeys(log *LogVerifier) (map[string]*passkey, error) {
+	keys := map[string]*passkey{}
+	for _, r := range a.Passkeys {
+		e, err := log.Check(r)
+		if err != nil {
+			return nil, err
+		}
+		switch {
+		case e.Type == PasskeyEnrolled && e.Person != nil:
+			d, err := DetailsAs[EnrolledDetails](e)
+			if err != nil {
+				return nil, err
+			}
+			keys[e.ID] = &passkey{EnrolledDetails: d, owner: *e.Person}
+		case e.Type == PasskeyActivated && e.Person != nil:
+			d, err := DetailsAs[ActivatedDetails](e)
+			if err != nil {
+				return nil, err
+			}
+			if k := keys[d.Enrolled]; k != nil && k.owner == *e.Person && d.By != *e.Person {
+				k.active, k.since = true, r.Index
+			}
+		}
+	}
+	return keys, nil
 }

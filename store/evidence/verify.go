@@ -354,7 +354,7 @@ func (w *walk) story(index int64, leaf []byte) {
 	b := w.state.Begin()
 	// The recorder's own entries and its writers' are told apart by type: no
 	// recorder admits a person's decision from a writer.
-	if err := b.Admit(e, index, !e.Type.Writable()); err != nil {
+	if err := b.Admit(e, leaf, index, !e.Type.Writable()); err != nil {
 		w.r.add(index, KindOrder, "%v", err)
 		return
 	}

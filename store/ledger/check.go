@@ -217,7 +217,7 @@ func (p *pass) scan(ctx context.Context, q querier, to int64) error {
 		}
 		p.last = e.Time
 		if p.state != nil {
-			if err := p.replay(e, s.Index); err != nil {
+			if err := p.replay(e, s.Leaf, s.Index); err != nil {
 				return err
 			}
 		}
@@ -225,14 +225,14 @@ func (p *pass) scan(ctx context.Context, q querier, to int64) error {
 	return nil
 }
 
-func (p *pass) replay(e *store.Entry, index int64) error {
+func (p *pass) replay(e *store.Entry, leaf []byte, index int64) error {
 	b := p.state.Begin()
 	if e.Type == store.StepRequested && p.state.Request(e.Request) != nil {
 		b.Forget(e.Time) // as the recorder did from time to time
 		b.Commit()
 		b = p.state.Begin()
 	}
-	if err := b.Admit(e, index, true); err != nil {
+	if err := b.Admit(e, leaf, index, true); err != nil {
 		return fmt.Errorf("%w: entry %d breaks the order of the record: %w", ErrMismatch, index, err)
 	}
 	b.Commit()

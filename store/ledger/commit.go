@@ -66,6 +66,11 @@ func (l *Ledger) Append(ctx context.Context, by Author, lines [][]byte) (*store.
 		if err := g.lines[i].parse(b, by.Name); err != nil {
 			return nil, fmt.Errorf("entry %d of %d: %w", i+1, len(lines), err)
 		}
+		if l.o.Gate != nil && !by.Recorder {
+			if err := l.o.Gate(g.lines[i].sub); err != nil {
+				return nil, fmt.Errorf("entry %d of %d: %w", i+1, len(lines), err)
+			}
+		}
 	}
 	if l.ctx.Err() != nil {
 		return nil, l.closedErr()
@@ -365,7 +370,7 @@ func (l *Ledger) admit(g *group, p *pending, known map[string]recorded) error {
 			continue
 		}
 		ln.index = size + int64(len(fresh))
-		if err := b.Admit(&ln.sub.Entry, ln.index, g.by.Recorder); err != nil {
+		if err := b.Admit(&ln.sub.Entry, ln.leaf, ln.index, g.by.Recorder); err != nil {
 			return fmt.Errorf("entry %d of %d: %w", i+1, len(g.lines), err)
 		}
 		mine[ln.sub.ID] = ln
@@ -373,6 +378,9 @@ func (l *Ledger) admit(g *group, p *pending, known map[string]recorded) error {
 	}
 	if len(fresh) == 0 {
 		return nil
+	}
+	if err := b.Complete(); err != nil {
+		return err
 	}
 	maps.Copy(p.changes, b.Commit())
 	maps.Copy(p.ids, mine)

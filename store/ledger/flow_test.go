@@ -181,7 +181,7 @@ func TestWhatIsOpenHasItsEntriesAndWhatIsClosedHasNot(t *testing.T) {
 				t.Fatal(err)
 			}
 			b := s.Begin()
-			if err := b.Admit(e, p.Index, true); err != nil {
+			if err := b.Admit(e, p.Leaf, p.Index, true); err != nil {
 				t.Fatal(err)
 			}
 			b.Commit()

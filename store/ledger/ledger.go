@@ -42,13 +42,17 @@ var (
 // Options say where a ledger lies and how it runs. Dir, Signer, Verifier and
 // PrivacyKey must be set.
 type Options struct {
-	Dir          string           // holds ledger.db, lock, and what is not named below; made where it is missing
-	HeadFile     string           // last signed checkpoint; Dir/head by default, better on another disk
-	KeysFile     string           // keys of the sealed texts; Dir/details-keys.db by default, better outside the ledger's backups
-	Signer       note.Signer      // Ed25519; its name is the log's origin
-	Verifier     string           // the signer's verifier key (C2SP signed-note vkey)
-	PrivacyKey   store.PrivacyKey // at least 32 bytes
-	Grace        time.Duration    // see store.State; 60 s by default
+	Dir        string           // holds ledger.db, lock, and what is not named below; made where it is missing
+	HeadFile   string           // last signed checkpoint; Dir/head by default, better on another disk
+	KeysFile   string           // keys of the sealed texts; Dir/details-keys.db by default, better outside the ledger's backups
+	Signer     note.Signer      // Ed25519; its name is the log's origin
+	Verifier   string           // the signer's verifier key (C2SP signed-note vkey)
+	PrivacyKey store.PrivacyKey // at least 32 bytes
+	Grace      time.Duration    // see store.State; 60 s by default
+	// Gate is asked about each entry that a writer submits, before the order of
+	// the record is: what the recorder's own catalogue says of it. Its errors are
+	// *store.OrderError. Nil: nothing is compared.
+	Gate         func(*store.Submission) error
 	Now          func() time.Time // the recorder's clock; time.Now by default
 	Log          *zap.Logger      // none by default
 	PublishEvery time.Duration    // between published checkpoints; 2 s by default

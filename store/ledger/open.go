@@ -18,17 +18,33 @@ const keepRecent = 4096
 const followAtMost = 256
 
 // OpenSet returns the entries of what is open, ascending, with proofs under one
-// head: of each open request its step.requested, its intents and their outcomes.
+// head: of each open request its step.requested, what people were asked and their
+// decisions, its intents and their outcomes; of those who decided, their passkeys.
 // With a request named it returns that one alone, also where it is closed and
 // only its idempotency key is remembered; none where it is neither.
 func (l *Ledger) OpenSet(ctx context.Context, request string) (*store.Appended, error) {
 	h, rs := l.snapshot()
 	var idx []int64
+	var people []string
+	from := "" // whose standing approval the named request draws on
+	for _, r := range rs {
+		if r.ID == request {
+			from = r.Standing
+		}
+	}
 	for _, r := range rs {
 		switch {
-		case request != "" && r.ID != request, request == "" && !r.Open():
+		case request != "" && r.ID != request && r.ID != from, request == "" && !r.Open():
 			continue
-		case r.Attempt <= 1 && (r.Attempt == 0 || r.Minting || r.Live):
+		case r.Pending != nil:
+			idx = append(idx, r.Pending.Index)
+			for _, v := range r.Pending.Votes {
+				people = append(people, v.Person)
+				idx = append(idx, v.Index)
+			}
+		}
+		switch {
+		case r.Attempt <= 1 && (r.Attempt == 0 && (r.Status == store.StatusPending || r.Status == store.StatusApproved) || r.Minting || r.Live):
 			idx = append(idx, r.Requested)
 			if r.Attempt == 1 {
 				idx = append(idx, r.IntentIndex)
@@ -47,7 +63,19 @@ func (l *Ledger) OpenSet(ctx context.Context, request string) (*store.Appended, 
 			}
 		}
 	}
+	slices.Sort(people)
+	for _, p := range slices.Compact(people) {
+		if err := each(ctx, l.r, func(rows *sql.Rows) error {
+			var i int64
+			err := rows.Scan(&i)
+			idx = append(idx, i)
+			return err
+		}, "SELECT idx FROM entries INDEXED BY entries_person WHERE person = ? AND idx < ? AND type IN ('passkey.enrolled', 'passkey.activated', 'passkey.revoked')", p, h.size); err != nil {
+			return nil, l.readErr(err)
+		}
+	}
 	slices.Sort(idx)
+	idx = slices.Compact(idx)
 	out := make([]store.Proven, 0, len(idx))
 	for part := range slices.Chunk(idx, chunk) {
 		ps, err := l.leaves(ctx, part)
