@@ -1,6 +1,7 @@
 package store
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"slices"
@@ -28,7 +29,7 @@ type Warrant struct {
 type Approval struct {
 	Requested Receipt   // of approval.requested
 	Decisions []Receipt // of the approvals that fill the rule's seats
-	Passkeys  []Receipt // passkey.enrolled and passkey.activated of the keys that signed
+	Passkeys  []Receipt // passkey.enrolled, .activated and .revoked of those who decided, in the log's order
 }
 
 // Warranted is what a valid warrant allows.
@@ -145,7 +146,7 @@ func (a *Approval) verify(log *LogVerifier, req *Entry, rd *RequestedDetails, in
 			excluded = append(excluded, e.Subject.ID)
 		}
 	}
-	keys, err := a.passkeys(log)
+	keys, err := a.signed(log)
 	if err != nil {
 		return nil, err
 	}
@@ -181,16 +182,11 @@ func (a *Approval) verify(log *LogVerifier, req *Entry, rd *RequestedDetails, in
 		case standing && (d.Standing == nil || !slices.Contains(d.Standing.Scopes, req.Action) || intent.Time.After(d.Standing.Until.Time)):
 			return nil, fmt.Errorf("decision %d does not stand for %s at that time", r.Index, req.Action)
 		}
-		switch k := keys[assertionOf(&d)]; {
+		switch {
 		case d.Assertion == nil && ad.Rule.Passkey:
 			return nil, fmt.Errorf("decision %d is not signed", r.Index)
-		case d.Assertion == nil:
-		case k == nil || k.owner != *e.Person || !k.active || k.since >= r.Index:
-			return nil, fmt.Errorf("decision %d is signed with a key that is not shown to be the person's", r.Index)
-		default:
-			if err := d.Assertion.Verify(&k.EnrolledDetails, DecisionDigest(log.Origin(), e, &d)); err != nil {
-				return nil, fmt.Errorf("decision %d: %w", r.Index, err)
-			}
+		case d.Assertion != nil && !keys.active(d.Assertion.Enrolled):
+			return nil, fmt.Errorf("decision %d is signed with a key that was revoked since", r.Index)
 		}
 		votes = append(votes, Vote{Person: *e.Person, Groups: d.Groups})
 		if e.Time.After(latest.Time) {
@@ -206,44 +202,19 @@ func (a *Approval) verify(log *LogVerifier, req *Entry, rd *RequestedDetails, in
 	return &rule, nil
 }
 
-func assertionOf(d *DecidedDetails) string {
-	if d.Assertion == nil {
-		return ""
-	}
-	return d.Assertion.Enrolled
-}
-
-// passkey is an enrolled key, as receipts show it.
-type passkey struct {
-	EnrolledDetails
-	owner  string
-	active bool
-	since  int64 // index of the activation
-}
-
-// passkeys reads the enrolments that a shows, by their entry IDs.
-func (a *Approval) passkeys(log *LogVerifier) (map[string]*passkey, error) {
-	keys := map[string]*passkey{}
-	for _, r := range a.Passkeys {
+// signed checks the signatures of a's decisions, each by a key that was active
+// then, and returns the keys as they are now.
+func (a *Approval) signed(log *LogVerifier) (*Passkeys, error) {
+	all := slices.Concat(a.Passkeys, a.Decisions)
+	slices.SortFunc(all, func(x, y Receipt) int { return cmp.Compare(x.Index, y.Index) })
+	keys := NewPasskeys(log.Origin())
+	for _, r := range all {
 		e, err := log.Check(r)
 		if err != nil {
 			return nil, err
 		}
-		switch {
-		case e.Type == PasskeyEnrolled && e.Person != nil:
-			d, err := DetailsAs[EnrolledDetails](e)
-			if err != nil {
-				return nil, err
-			}
-			keys[e.ID] = &passkey{EnrolledDetails: d, owner: *e.Person}
-		case e.Type == PasskeyActivated && e.Person != nil:
-			d, err := DetailsAs[ActivatedDetails](e)
-			if err != nil {
-				return nil, err
-			}
-			if k := keys[d.Enrolled]; k != nil && k.owner == *e.Person && d.By != *e.Person {
-				k.active, k.since = true, r.Index
-			}
+		if err := keys.Take(e); err != nil {
+			return nil, fmt.Errorf("entry %d: %w", r.Index, err)
 		}
 	}
 	return keys, nil

@@ -66,6 +66,7 @@ const (
 	KindTime       = "time"          // an entry's time lies before its predecessor's
 	KindDuplicate  = "duplicate"     // two entries bear one ID
 	KindOrder      = "order"         // an entry breaks the order of the record
+	KindSignature  = "signature"     // a decision's passkey signature does not hold, or an enrolment's story
 	maxFindings    = 100             // a log that is wrong everywhere need not be listed whole
 	bundleWidth    = torchwood.TileWidth
 )
@@ -141,7 +142,7 @@ func Verify(ctx context.Context, src Source, o Options) (*Report, error) {
 		}
 	}
 
-	w := &walk{src: src, r: r, head: head.Tree, since: since, state: anyGrace(), ids: map[string]int64{}, progress: o.Progress}
+	w := &walk{src: src, r: r, head: head.Tree, since: since, state: anyGrace(), keys: store.NewPasskeys(o.Log.Origin()), ids: map[string]int64{}, progress: o.Progress}
 	if err := w.leaves(ctx); err != nil {
 		return nil, err
 	}
@@ -164,6 +165,7 @@ type walk struct {
 	head     tlog.Tree
 	since    torchwood.Checkpoint
 	state    *store.State
+	keys     *store.Passkeys
 	ids      map[string]int64
 	last     store.Time
 	progress func(done, total int64)
@@ -359,6 +361,9 @@ func (w *walk) story(index int64, leaf []byte) {
 		return
 	}
 	b.Commit()
+	if err := w.keys.Take(e); err != nil {
+		w.r.add(index, KindSignature, "%v", err)
+	}
 }
 
 // anyGrace returns a State that takes any grace for abandoned intents: how
