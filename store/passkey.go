@@ -30,7 +30,7 @@ type EnrolledDetails struct {
 	// the provider's keys from elsewhere, and this one only as a hint.
 	Issuer      string         `json:"issuer"`
 	Client      string         `json:"client"`
-	Claim       string         `json:"claim"` // of the ID token, that names the person
+	Claim       string         `json:"claim"`        // of the ID token, that names the person
 	ProviderKey jsontext.Value `json:"provider_key"` // JWK
 }
 
