@@ -20,7 +20,8 @@ import (
 	"github.com/countersign-dev/countersign/store"
 )
 
-// Role is what a caller is to this program. Every caller has exactly one.
+// Role is what a caller is to this program. Every token has exactly one; a
+// person who is logged in may have several.
 type Role string
 
 // The roles.
@@ -42,10 +43,22 @@ func (r Role) Valid() bool { return slices.Contains(Roles, r) }
 // Principal is an authenticated caller.
 type Principal struct {
 	Name   string
-	Role   Role
-	Method string   // token, oidc or mtls
+	Role   Role     // behind Require: the one that let the caller through
+	Roles  []Role   // all roles of a person who is logged in; nil: Role alone
+	Method string   // token, oidc, mtls or session
 	Groups []string // of an approver or responder
 	Owners []string // people who own an orchestrator, as "user:NAME"
+}
+
+// personPrefix is before the name of a person where others might stand.
+const personPrefix = "user:"
+
+// Person is p as entries and rules name a person: "user:NAME".
+func (p *Principal) Person() string { return personPrefix + p.Name }
+
+// Has reports whether p has role.
+func (p *Principal) Has(role Role) bool {
+	return p.Role == role || slices.Contains(p.Roles, role)
 }
 
 // Agent is p as an entry names who acted: a SPIFFE ID in trustDomain.
@@ -66,6 +79,7 @@ type Guard struct {
 	Tokens   *Tokens     // nil: no API tokens
 	OIDC     *Issuers    // nil: no OIDC tokens
 	Certs    Certs       // empty: no client certificates
+	People   *People     // nil: nobody logs in here
 	Refusals *Refusals   // nil: refusals are logged alone
 	Log      *zap.Logger // nil: the request's logger
 }
@@ -83,12 +97,18 @@ func NewContext(ctx context.Context, p *Principal) context.Context {
 	return context.WithValue(ctx, principalKey{}, p)
 }
 
-// Authenticate says who sent r. The error wraps ErrUnauthenticated unless what
-// is needed to tell could not be read.
+// Authenticate says who sent r. The error wraps ErrUnauthenticated, or
+// ErrForgery beside whose session it was, unless what is needed to tell could
+// not be read.
 func (g *Guard) Authenticate(r *http.Request) (*Principal, error) {
 	token, err := bearer(r.Header)
 	if err != nil {
 		return nil, err
+	}
+	if token == "" && g.People != nil {
+		if p, err := g.People.byCookie(r); p != nil {
+			return p, err
+		}
 	}
 	switch {
 	case token == "" && r.TLS != nil && len(r.TLS.VerifiedChains) > 0:
@@ -100,6 +120,8 @@ func (g *Guard) Authenticate(r *http.Request) (*Principal, error) {
 			return nil, unauthenticated("this listener takes no API tokens")
 		}
 		return g.Tokens.Authenticate(token)
+	case g.People != nil && strings.HasPrefix(token, sessionPrefix):
+		return g.People.byToken(token)
 	case g.OIDC != nil:
 		return g.OIDC.Authenticate(r.Context(), token)
 	}
@@ -140,13 +162,19 @@ func (g *Guard) Require(roles ...Role) func(http.Handler) http.Handler {
 			case errors.Is(err, ErrUnauthenticated):
 				g.refuse(w, r, nil, problem.Unauthenticated().Because(err))
 				return
+			case errors.Is(err, ErrForgery):
+				g.refuse(w, r, p, problem.RoleForbidden(ErrForgery.Error()).Because(err))
+				return
 			case err != nil:
 				problem.Write(w, r, problem.StateUnavailable().Because(fmt.Errorf("authenticating: %w", err)))
 				return
-			case !slices.Contains(roles, p.Role):
+			}
+			i := slices.IndexFunc(roles, p.Has)
+			if i < 0 {
 				g.refuse(w, r, p, problem.RoleForbidden("this call is not for the role "+string(p.Role)))
 				return
 			}
+			p.Role = roles[i]
 			next.ServeHTTP(w, r.WithContext(NewContext(r.Context(), p)))
 		})
 	}
@@ -172,6 +200,10 @@ func (g *Guard) refuse(w http.ResponseWriter, r *http.Request, p *Principal, doc
 		zap.String("role", d.Role), zap.String("name", name), zap.String("remote", d.Remote), zap.NamedError("because", doc.Unwrap()))
 	if g.Refusals != nil {
 		g.Refusals.Add(r.Context(), p, d)
+	}
+	if g.People != nil && wantsPage(r) {
+		writeErrorPage(w, r, doc)
+		return
 	}
 	problem.Write(w, r, doc)
 }
