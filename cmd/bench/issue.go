@@ -20,8 +20,10 @@ import (
 // dev is a running `countersign dev`, as its ready file describes it.
 type dev struct {
 	API           string `json:"api"`
+	Recorder      string `json:"recorder"`
 	Vault         struct{ Addr, Token string }
 	Orchestrators []struct{ Name, Token string }
+	Approvers     []struct{ Name, Token string }
 
 	postgres bool
 	cmd      *exec.Cmd

@@ -18,7 +18,7 @@ func main() {
 	binary := flag.String("countersign", "bin/countersign", "the program to measure")
 	postgres := flag.String("postgres", "", "DSN of a PostgreSQL whose role may create roles; without it the database rows are left out")
 	each := flag.Duration("each", 5*time.Second, "how long each figure is measured")
-	only := flag.String("only", "", "measure only groups whose name contains this: disk, ledger, identity, token, database")
+	only := flag.String("only", "", "measure only groups whose name contains this: disk, ledger, identity, token, database, approval")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer stop()
@@ -47,7 +47,7 @@ func run(ctx context.Context, binary, postgres string, each time.Duration, only 
 			}
 		}
 	}
-	if wants("identity") || wants("token") || wants("database") {
+	if wants("identity") || wants("token") || wants("database") || wants("approval") {
 		d, err := startDev(ctx, binary, postgres)
 		if err != nil {
 			return err
@@ -60,6 +60,7 @@ func run(ctx context.Context, binary, postgres string, each time.Duration, only 
 			{"identity", d.identity},
 			{"token", d.token},
 			{"database", d.database},
+			{"approval", d.approval},
 		} {
 			if wants(g.name) {
 				if err := g.run(ctx, t); err != nil {

@@ -37,10 +37,34 @@ func (t *table) measure(ctx context.Context, what, who string, c int, fn func(ct
 	if err != nil {
 		return figure{}, err
 	}
+	return t.add(what, who, c, lat, float64(len(lat))/took.Seconds()), nil
+}
+
+// timed is measure, one at a time, of something that says itself how long it
+// took.
+func (t *table) timed(ctx context.Context, what, who string, fn func(ctx context.Context, worker, i int) (time.Duration, error)) (figure, error) {
+	fmt.Fprintf(os.Stderr, "measuring %s, %s\n", what, who)
+	var lat []time.Duration
+	for start := time.Now(); time.Since(start) < t.each; {
+		took, err := fn(ctx, 0, int(serial.Add(1)))
+		if err != nil {
+			return figure{}, err
+		}
+		lat = append(lat, took)
+	}
+	return t.add(what, who, 1, lat, 0), nil
+}
+
+// add adds a row; without a rate it has none.
+func (t *table) add(what, who string, c int, lat []time.Duration, rate float64) figure {
 	slices.Sort(lat)
-	f := figure{p50: lat[len(lat)/2], p99: lat[len(lat)*99/100], rate: float64(len(lat)) / took.Seconds()}
-	t.rows = append(t.rows, []string{what, who, fmt.Sprint(c), ms(f.p50), ms(f.p99), fmt.Sprintf("%.0f", f.rate)})
-	return f, nil
+	f := figure{p50: lat[len(lat)/2], p99: lat[len(lat)*99/100], rate: rate}
+	per := ""
+	if rate > 0 {
+		per = fmt.Sprintf("%.0f", rate)
+	}
+	t.rows = append(t.rows, []string{what, who, fmt.Sprint(c), ms(f.p50), ms(f.p99), per})
+	return f
 }
 
 var serial atomic.Int64 // makes every call's names unique in a run
