@@ -1,0 +1,492 @@
+// Package outbox tells the world outside about approvals: Slack, webhooks. It
+// is durable, and nobody waits for it: whoever asks or decides goes on while a
+// destination is slow or down.
+//
+// It keeps one row per approval and destination: which version of the request
+// the destination should show, and which it shows. Every delivery sends the
+// newest state, so that a destination which was away is told once where things
+// stand. What is to be told follows from the ledger alone: rows are made from
+// the approvals' events and again from their list at each start, so that the
+// file may be lost without anything remaining untold. One process owns it, the
+// recorder that holds the ledger; a standby recorder opens an outbox of its own
+// only once it has taken over, and finds by looking what its predecessor sent
+// (see Doubt).
+package outbox
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+	"net/url"
+	"strconv"
+	"sync"
+	"time"
+
+	"go.uber.org/zap"
+	_ "modernc.org/sqlite" // the engine, pure Go
+
+	"github.com/countersign-dev/countersign/approvals"
+	"github.com/countersign-dev/countersign/store"
+)
+
+// Source is where the requests come from: *approvals.Approvals.
+type Source interface {
+	Get(ctx context.Context, id string) (*approvals.Request, error)
+	List(ctx context.Context, f approvals.Filter) ([]approvals.Request, string, error)
+	Subscribe() (<-chan approvals.Event, func())
+}
+
+// Sender is one destination.
+type Sender interface {
+	// Name tells destinations apart in the file. It must not change, or all
+	// that is pending is told again.
+	Name() string
+	// Send makes the destination show d. It returns where the message lies, in
+	// a form of its own, for the next Send of the same request. Send must
+	// return when ctx ends. An error that is not a *Failure leaves open whether
+	// something was delivered.
+	Send(ctx context.Context, d Delivery) (place string, err error)
+}
+
+// Delivery is one state of a request, to be shown at a destination.
+type Delivery struct {
+	Request *approvals.Request
+	Version string // see Version
+	Place   string // what Send returned before; empty: nothing is known to be there
+	// Doubt is set where Place is empty and an earlier attempt may have left a
+	// message all the same.
+	Doubt *Doubt
+}
+
+// Doubt is when a message may have been left: between First and Last.
+type Doubt struct{ First, Last time.Time }
+
+// Failure is a delivery that certainly left nothing behind.
+type Failure struct {
+	Err   error
+	After time.Duration // the destination's own wish (Retry-After); 0: none
+	Down  bool          // the destination as a whole takes nothing now, not this one message
+}
+
+func (f *Failure) Error() string { return f.Err.Error() }
+
+// Unwrap returns the cause.
+func (f *Failure) Unwrap() error { return f.Err }
+
+// Version names a state of r as a destination shows it.
+func Version(r *approvals.Request) string {
+	return string(r.Status) + "/" + strconv.Itoa(len(r.Decisions))
+}
+
+// Final reports whether nothing more will happen to a request in state s that
+// a person waits to be told.
+func Final(s store.Status) bool { return s != store.StatusPending && s != store.StatusApproved }
+
+// Config says where an outbox lies and how it runs. File and Source must be
+// set.
+type Config struct {
+	File    string // SQLite database, DIR/outbox.db; made where it is missing
+	Source  Source
+	Senders []Sender
+
+	MinWait time.Duration // before the second attempt, doubled from then on; 1 s by default
+	MaxWait time.Duration // the longest pause between attempts; 5 min by default
+	// Settle is how long after an attempt without an answer the next one waits,
+	// so that what is still under way has arrived where it is looked for; 3 s by
+	// default.
+	Settle time.Duration
+	// GiveUp is how long a request is over before its last state is no longer
+	// told to a destination that is still down; 7 days by default. Of a request
+	// that is not over, telling is never given up.
+	GiveUp  time.Duration
+	Timeout time.Duration    // of one attempt; 15 s by default
+	Now     func() time.Time // time.Now by default
+	Log     *zap.Logger      // none by default
+}
+
+// Outbox delivers until it is closed.
+type Outbox struct {
+	c      Config
+	db     *sql.DB
+	wake   map[string]chan struct{} // by Sender.Name
+	cancel context.CancelFunc
+	tasks  sync.WaitGroup
+}
+
+// schema. want and have are Versions. doubt_first and doubt_last are set while
+// place is empty and an attempt has begun: both are Unix milliseconds, as are
+// next (not before) and over (when the request was first seen to be over).
+const schema = `CREATE TABLE IF NOT EXISTS deliveries (
+	approval    TEXT NOT NULL,
+	destination TEXT NOT NULL,
+	want        TEXT NOT NULL,
+	have        TEXT NOT NULL DEFAULT '',
+	place       TEXT NOT NULL DEFAULT '',
+	doubt_first INTEGER NOT NULL DEFAULT 0,
+	doubt_last  INTEGER NOT NULL DEFAULT 0,
+	tries       INTEGER NOT NULL DEFAULT 0,
+	next        INTEGER NOT NULL DEFAULT 0,
+	over        INTEGER NOT NULL DEFAULT 0,
+	PRIMARY KEY (approval, destination)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS deliveries_due ON deliveries (destination, next) WHERE want <> have`
+
+// Open opens or creates the outbox and starts to deliver.
+func Open(ctx context.Context, c Config) (*Outbox, error) {
+	if c.File == "" || c.Source == nil {
+		return nil, errors.New("an outbox needs a file and a source")
+	}
+	for _, d := range []struct {
+		v *time.Duration
+		d time.Duration
+	}{{&c.MinWait, time.Second}, {&c.MaxWait, 5 * time.Minute}, {&c.Settle, 3 * time.Second}, {&c.GiveUp, 7 * 24 * time.Hour}, {&c.Timeout, 15 * time.Second}} {
+		if *d.v <= 0 {
+			*d.v = d.d
+		}
+	}
+	if c.Now == nil {
+		c.Now = time.Now
+	}
+	if c.Log == nil {
+		c.Log = zap.NewNop()
+	}
+	// synchronous=FULL: a committed attempt is on disk before it is made.
+	db, err := sql.Open("sqlite", "file:"+(&url.URL{Path: c.File}).EscapedPath()+"?_busy_timeout=10000&_journal_mode=WAL&_synchronous=FULL&_pragma=temp_store(memory)")
+	if err != nil {
+		return nil, fmt.Errorf("opening the outbox: %w", err)
+	}
+	db.SetMaxOpenConns(1)
+	if _, err := db.ExecContext(ctx, schema); err != nil {
+		db.Close()
+		return nil, fmt.Errorf("opening the outbox %s: %w", c.File, err)
+	}
+	run, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	o := &Outbox{c: c, db: db, wake: map[string]chan struct{}{}, cancel: cancel}
+	for _, s := range c.Senders {
+		if o.wake[s.Name()] != nil {
+			cancel()
+			db.Close()
+			return nil, fmt.Errorf("two destinations are named %q", s.Name())
+		}
+		o.wake[s.Name()] = make(chan struct{}, 1)
+	}
+	// Subscribed before the list is read: what happens in between is seen twice
+	// rather than never.
+	events, stop := c.Source.Subscribe()
+	o.tasks.Go(func() { defer stop(); o.follow(run, events) })
+	for _, s := range c.Senders {
+		o.tasks.Go(func() { o.deliver(run, s) })
+	}
+	return o, nil
+}
+
+// Close stops delivering and closes the file. What is not delivered yet is at
+// the next start.
+func (o *Outbox) Close() error {
+	o.cancel()
+	o.tasks.Wait()
+	return o.db.Close()
+}
+
+// Waiting is how many deliveries to the destination named are not made yet.
+func (o *Outbox) Waiting(ctx context.Context, destination string) (n int, err error) {
+	err = o.db.QueryRowContext(ctx, "SELECT count(*) FROM deliveries WHERE destination = ? AND want <> have", destination).Scan(&n)
+	return n, err
+}
+
+// follow turns events into rows. A crash between an event and its row loses
+// nothing: reconcile makes the row at the next start.
+func (o *Outbox) follow(ctx context.Context, events <-chan approvals.Event) {
+	sweep := time.NewTicker(time.Hour)
+	defer sweep.Stop()
+	again := make(<-chan time.Time)
+	reconcile := func() {
+		again = nil
+		if err := o.reconcile(ctx); err != nil && ctx.Err() == nil {
+			o.c.Log.Warn("notifications could not be compared with the record; trying again", zap.Error(err))
+			again = time.After(o.c.MinWait)
+		}
+	}
+	reconcile()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-again:
+			reconcile()
+		case <-sweep.C:
+			if err := o.forget(ctx); err != nil && ctx.Err() == nil {
+				o.c.Log.Warn("old notifications could not be removed", zap.Error(err))
+			}
+		case e, ok := <-events:
+			switch {
+			case !ok:
+				return
+			case e.Kind == "resync" || e.Request == nil && e.Approval != "":
+				reconcile()
+			case e.Request == nil:
+			default:
+				// Only with the event that asks is it certain that nobody was
+				// told before.
+				if err := o.note(ctx, e.Request, e.Kind == "requested"); err != nil && ctx.Err() == nil {
+					o.c.Log.Warn("a notification could not be kept; comparing with the record again", zap.Error(err))
+					again = time.After(o.c.MinWait)
+				}
+			}
+		}
+	}
+}
+
+// reconcile makes the rows that events did not: of what is pending, and of
+// what changed while nobody followed.
+func (o *Outbox) reconcile(ctx context.Context) error {
+	f := approvals.Filter{State: "pending"}
+	for {
+		page, next, err := o.c.Source.List(ctx, f)
+		if err != nil {
+			return err
+		}
+		for i := range page {
+			if err := o.note(ctx, &page[i], false); err != nil {
+				return err
+			}
+		}
+		if next == "" {
+			break
+		}
+		f.Before = next
+	}
+	ids, err := o.texts(ctx, "SELECT DISTINCT approval FROM deliveries WHERE over = 0")
+	if err != nil {
+		return err
+	}
+	for _, id := range ids {
+		r, err := o.c.Source.Get(ctx, id)
+		switch {
+		case errors.Is(err, approvals.ErrNotFound):
+			// Of another ledger, or no longer kept: there is nothing to tell.
+			if _, err := o.db.ExecContext(ctx, "DELETE FROM deliveries WHERE approval = ?", id); err != nil {
+				return err
+			}
+		case err != nil:
+			return err
+		default:
+			if err := o.note(ctx, r, false); err != nil {
+				return err
+			}
+		}
+	}
+	return o.forget(ctx)
+}
+
+func (o *Outbox) texts(ctx context.Context, query string) (list []string, err error) {
+	rows, err := o.db.QueryContext(ctx, query)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	for rows.Next() {
+		var s string
+		if err := rows.Scan(&s); err != nil {
+			return nil, err
+		}
+		list = append(list, s)
+	}
+	return list, rows.Err()
+}
+
+// note keeps what every destination should show of r. fresh says that nobody
+// can have been told of r yet. A crash before the commit leaves the old row,
+// which reconcile corrects.
+func (o *Outbox) note(ctx context.Context, r *approvals.Request, fresh bool) error {
+	var first, last, over int64
+	if !fresh {
+		// A message may stand there already, sent by whoever ran before.
+		first, last = r.Asked.UnixMilli(), o.c.Now().UnixMilli()
+	}
+	if Final(r.Status) {
+		over = o.c.Now().UnixMilli()
+	}
+	tx, err := o.db.BeginTx(ctx, nil)
+	if err != nil {
+		return err
+	}
+	defer tx.Rollback()
+	for _, s := range o.c.Senders {
+		if _, err := tx.ExecContext(ctx, `INSERT INTO deliveries (approval, destination, want, doubt_first, doubt_last, over) VALUES (?, ?, ?, ?, ?, ?)
+			ON CONFLICT DO UPDATE SET want = excluded.want, over = CASE WHEN over = 0 THEN excluded.over ELSE over END`,
+			r.ID, s.Name(), Version(r), first, last, over); err != nil {
+			return err
+		}
+	}
+	if err := tx.Commit(); err != nil {
+		return err
+	}
+	for _, c := range o.wake {
+		select {
+		case c <- struct{}{}:
+		default:
+		}
+	}
+	return nil
+}
+
+// forget removes rows of requests that are over for longer than GiveUp.
+func (o *Outbox) forget(ctx context.Context) error {
+	old := o.c.Now().Add(-o.c.GiveUp).UnixMilli()
+	var untold int
+	if err := o.db.QueryRowContext(ctx, "SELECT count(*) FROM deliveries WHERE over > 0 AND over < ? AND want <> have", old).Scan(&untold); err != nil {
+		return err
+	}
+	if untold > 0 {
+		o.c.Log.Error("notifications of requests that were over long ago were never delivered", zap.Int("count", untold))
+	}
+	_, err := o.db.ExecContext(ctx, "DELETE FROM deliveries WHERE over > 0 AND over < ?", old)
+	return err
+}
+
+// row is a delivery that is due.
+type row struct {
+	approval, want, place string
+	first, last           int64
+	tries                 int
+}
+
+// deliver sends what is due to s, one after the other. Each destination has a
+// goroutine of its own: one that is down delays no other.
+func (o *Outbox) deliver(ctx context.Context, s Sender) {
+	var failed int // attempts in a row that met a destination that is down
+	for ctx.Err() == nil {
+		r, wait, err := o.due(ctx, s.Name())
+		if err != nil {
+			if ctx.Err() == nil {
+				o.c.Log.Error("the outbox cannot be read", zap.Error(err))
+			}
+			wait = o.c.MinWait
+		}
+		if r != nil {
+			down, after, err := o.attempt(ctx, s, r)
+			switch {
+			case err != nil && ctx.Err() == nil:
+				o.c.Log.Error("the outbox cannot be written", zap.String("destination", s.Name()), zap.Error(err))
+				after = max(after, o.c.MinWait)
+			case down:
+				failed++
+				after = max(after, o.backoff(failed))
+			default:
+				failed = 0
+			}
+			if after <= 0 {
+				continue
+			}
+			// Nothing wakes a destination that is down before its time.
+			pause(ctx, after, nil)
+			continue
+		}
+		pause(ctx, wait, o.wake[s.Name()])
+	}
+}
+
+func pause(ctx context.Context, d time.Duration, wake <-chan struct{}) {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+	case <-t.C:
+	case <-wake:
+	}
+}
+
+func (o *Outbox) backoff(tries int) time.Duration {
+	return min(o.c.MaxWait, o.c.MinWait<<min(tries-1, 20))
+}
+
+// due returns the next delivery to make, or how long none is due.
+func (o *Outbox) due(ctx context.Context, destination string) (*row, time.Duration, error) {
+	now := o.c.Now().UnixMilli()
+	var r row
+	var at int64
+	err := o.db.QueryRowContext(ctx, `SELECT approval, want, place, doubt_first, doubt_last, tries, max(next, CASE WHEN doubt_last = 0 THEN 0 ELSE doubt_last + ? END) AS at
+		FROM deliveries WHERE destination = ? AND want <> have ORDER BY at > ?, CASE WHEN at > ? THEN at ELSE doubt_first END, approval LIMIT 1`,
+		o.c.Settle.Milliseconds(), destination, now, now).Scan(&r.approval, &r.want, &r.place, &r.first, &r.last, &r.tries, &at)
+	switch {
+	case errors.Is(err, sql.ErrNoRows):
+		return nil, time.Hour, nil
+	case err != nil:
+		return nil, 0, err
+	case at > now:
+		return nil, time.Duration(at-now) * time.Millisecond, nil
+	}
+	return &r, 0, nil
+}
+
+// attempt makes one delivery. after is how long the destination as a whole is
+// to be left alone.
+//
+// What a crash leaves: before the first statement, the row as it was. After it
+// and before Send, a doubt without a message: the next start looks, finds none
+// and sends. After Send and before the last statement, a doubt and a message:
+// the next start looks, finds it, and sends no second.
+func (o *Outbox) attempt(ctx context.Context, s Sender, r *row) (down bool, after time.Duration, err error) {
+	req, err := o.c.Source.Get(ctx, r.approval)
+	if errors.Is(err, approvals.ErrNotFound) {
+		_, err = o.db.ExecContext(ctx, "DELETE FROM deliveries WHERE approval = ? AND destination = ?", r.approval, s.Name())
+		return false, 0, err
+	}
+	if err != nil {
+		return false, o.c.MinWait, fmt.Errorf("reading request %s: %w", r.approval, err)
+	}
+	d := Delivery{Request: req, Version: Version(req), Place: r.place}
+	now := o.c.Now().UnixMilli()
+	if r.place == "" {
+		first := r.first
+		if first == 0 {
+			first = now
+		} else {
+			d.Doubt = &Doubt{First: time.UnixMilli(r.first), Last: time.UnixMilli(r.last)}
+		}
+		if _, err := o.db.ExecContext(ctx, "UPDATE deliveries SET doubt_first = ?, doubt_last = ? WHERE approval = ? AND destination = ?", first, now, r.approval, s.Name()); err != nil {
+			return false, 0, err
+		}
+		r.first, now = first, r.last // what a certain failure restores
+		if d.Doubt == nil {
+			r.first, now = 0, 0
+		}
+	}
+	sendCtx, cancel := context.WithTimeout(ctx, o.c.Timeout)
+	place, sendErr := s.Send(sendCtx, d)
+	cancel()
+	// Also when Close was called meanwhile: what is known is kept.
+	ctx = context.WithoutCancel(ctx)
+	if sendErr == nil {
+		over := int64(0)
+		if Final(req.Status) {
+			over = o.c.Now().UnixMilli()
+		}
+		// Where an event changed want meanwhile, it stays and is due at once.
+		_, err := o.db.ExecContext(ctx, `UPDATE deliveries SET have = ?1, place = ?2, want = CASE WHEN want = ?3 THEN ?1 ELSE want END, doubt_first = 0, doubt_last = 0,
+			tries = 0, next = 0, over = CASE WHEN over = 0 THEN ?4 ELSE over END WHERE approval = ?5 AND destination = ?6`,
+			d.Version, place, r.want, over, r.approval, s.Name())
+		return false, 0, err
+	}
+	r.tries++
+	wait := o.backoff(r.tries)
+	var certain *Failure
+	if errors.As(sendErr, &certain) {
+		wait = max(wait, certain.After)
+		down, after = certain.Down, certain.After
+		if !certain.Down {
+			after = 0
+		}
+		_, err = o.db.ExecContext(ctx, "UPDATE deliveries SET tries = ?, next = ?, doubt_first = ?, doubt_last = ? WHERE approval = ? AND destination = ?",
+			r.tries, o.c.Now().Add(wait).UnixMilli(), r.first, now, r.approval, s.Name())
+	} else {
+		down = true // no answer
+		_, err = o.db.ExecContext(ctx, "UPDATE deliveries SET tries = ?, next = ? WHERE approval = ? AND destination = ?",
+			r.tries, o.c.Now().Add(wait).UnixMilli(), r.approval, s.Name())
+	}
+	o.c.Log.Warn("a notification was not delivered; trying again", zap.String("destination", s.Name()), zap.String("approval", r.approval),
+		zap.Int("tries", r.tries), zap.Duration("in", wait), zap.Error(sendErr))
+	return down, after, err
+}
