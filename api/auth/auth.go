@@ -1,6 +1,6 @@
 // Package auth says who is calling: API tokens kept as hashes, OIDC tokens of
-// orchestrators, and client certificates of writers. It also puts on record
-// who was refused.
+// orchestrators, client certificates of writers, and people who log in. It also
+// puts on record who was refused.
 package auth
 
 import (

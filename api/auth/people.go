@@ -60,7 +60,7 @@ type PeopleConfig struct {
 type Person struct {
 	Name     string    // "user:NAME"
 	Groups   []string  // sorted
-	AuthTime time.Time // when the provider last saw them prove who they are
+	AuthTime time.Time // when they proved to the provider who they are; zero where it does not say
 	Roles    []Role    // Approver, and what their groups make of them
 }
 

@@ -71,10 +71,11 @@ func redirect(w http.ResponseWriter, r *http.Request, to string) {
 	http.Redirect(w, r, to, http.StatusSeeOther)
 }
 
-// home sends a browser that came by another name of this recorder (127.0.0.1
-// for localhost) to the one that cookies and the provider know.
+// home sends a browser that came by another name of this computer (127.0.0.1
+// for localhost) to the one that cookies and the provider know. With https a
+// proxy may have changed the name on the way, and there is one name.
 func (p *People) home(w http.ResponseWriter, r *http.Request) bool {
-	if r.Host == p.base.Host {
+	if p.secure || r.Host == p.base.Host {
 		return true
 	}
 	redirect(w, r, p.base.String()+r.URL.RequestURI())
