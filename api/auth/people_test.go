@@ -11,6 +11,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"html"
 	"io"
 	"maps"
 	"net"
@@ -116,6 +117,11 @@ func open(t *testing.T, issuer string, change func(*auth.PeopleConfig)) *office 
 	r.Get("/live", func(w http.ResponseWriter, r *http.Request) {
 		p, ok := o.people.Person(r)
 		fmt.Fprintf(w, "%t %t %s", o.people.Live(r), ok, p.Name)
+	})
+	r.With(guard.Require(auth.Approver)).Get("/form", func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Type", "text/html")
+		w.Header().Set("Content-Security-Policy", "default-src 'none'; form-action 'self'")
+		fmt.Fprintf(w, `<form method="post" action="/enrol"><input name="csrf" value="%s"><input name="nonce" value="%s"><button>go</button></form>`, o.people.CSRF(r), html.EscapeString(r.FormValue("nonce")))
 	})
 	r.With(guard.Require(auth.Approver)).Post("/enrol", func(w http.ResponseWriter, r *http.Request) {
 		o.people.Fresh(w, r, r.FormValue("nonce"), "/who", "the key")
@@ -964,28 +970,39 @@ func TestABrowserThatCameByAnotherNameIsSentToTheRightOne(t *testing.T) {
 	}
 }
 
-func TestARecorderStartsWhileItsProviderIsDown(t *testing.T) {
+// apart starts an office whose provider is another site, http://127.0.0.1:PORT,
+// and is down until up is called.
+func apart(t *testing.T) (o *office, up func()) {
+	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
 	addr := l.Addr().String()
 	l.Close() // nobody listens there now
-	o := open(t, "http://"+addr, nil)
+	o = open(t, "http://"+addr, nil)
+	return o, func() {
+		t.Helper()
+		op, err := oidcdev.New(oidcdev.Options{Issuer: "http://" + addr, ClientID: "recorder", ClientSecret: "s3cret", RedirectURIs: []string{o.url + "/login/callback"}, Users: users})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if l, err = net.Listen("tcp", addr); err != nil {
+			t.Skip("the port was taken meanwhile:", err)
+		}
+		s := &http.Server{Handler: op.Handler()}
+		go s.Serve(l)
+		t.Cleanup(func() { s.Close() })
+	}
+}
+
+func TestARecorderStartsWhileItsProviderIsDown(t *testing.T) {
+	o, up := apart(t)
 	b := o.browser(t)
 	if a := b.get("/login"); a.StatusCode != 503 || a.Header.Get("Retry-After") == "" || !strings.Contains(a.body, "identity provider") {
 		t.Fatalf("HTTP %d %s", a.StatusCode, a.body)
 	}
-	op, err := oidcdev.New(oidcdev.Options{Issuer: "http://" + addr, ClientID: "recorder", ClientSecret: "s3cret", RedirectURIs: []string{o.url + "/login/callback"}, Users: users})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if l, err = net.Listen("tcp", addr); err != nil {
-		t.Skip("the port was taken meanwhile:", err)
-	}
-	s := &http.Server{Handler: op.Handler()}
-	go s.Serve(l)
-	t.Cleanup(func() { s.Close() })
+	up()
 	o.advance(time.Second) // it is not asked more often
 	b.login("ann")
 	if b.who().Person != "user:ann" {
