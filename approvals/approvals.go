@@ -88,6 +88,8 @@ type Approvals struct {
 	next    int64             // entries below it are known
 	due     time.Time         // nothing expires before; zero: unknown
 	subs    map[*subscriber]bool
+	tidied  time.Time
+	keyDue  time.Time // no key is active by itself before; zero: unknown
 	refused refusals
 
 	challenges pending[challenge]

@@ -18,6 +18,7 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
+	"net"
 	"net/url"
 	"strconv"
 	"sync"
@@ -59,8 +60,15 @@ type Delivery struct {
 	Doubt *Doubt
 }
 
-// Doubt is when a message may have been left: between First and Last.
-type Doubt struct{ First, Last time.Time }
+// Doubt is when a message may have been left.
+type Doubt struct {
+	First   time.Time // not before
+	Settled time.Time // whoever looks after this sees it, if there is one
+}
+
+// ErrGone is wrapped by Send where the message at Place is no longer there or
+// cannot be changed any more. The request is then told anew.
+var ErrGone = errors.New("the message is gone")
 
 // Failure is a delivery that certainly left nothing behind.
 type Failure struct {
@@ -82,6 +90,23 @@ func Version(r *approvals.Request) string {
 // Final reports whether nothing more will happen to a request in state s that
 // a person waits to be told.
 func Final(s store.Status) bool { return s != store.StatusPending && s != store.StatusApproved }
+
+// CheckURL refuses an address to which nothing may be sent: only https is, and
+// http to this machine itself.
+func CheckURL(raw string) error {
+	u, err := url.Parse(raw)
+	switch {
+	case err != nil:
+		return errors.New("the address is not a URL") // err would repeat what may be a secret
+	case u.Host == "" || u.User != nil || u.Fragment != "":
+		return errors.New("the address must be https://HOST/…, without user or fragment")
+	case u.Scheme == "https":
+		return nil
+	case u.Scheme == "http" && (u.Hostname() == "localhost" || net.ParseIP(u.Hostname()).IsLoopback()):
+		return nil
+	}
+	return errors.New("the address must be https, or http to localhost")
+}
 
 // Config says where an outbox lies and how it runs. File and Source must be
 // set.
@@ -200,7 +225,7 @@ func (o *Outbox) Waiting(ctx context.Context, destination string) (n int, err er
 func (o *Outbox) follow(ctx context.Context, events <-chan approvals.Event) {
 	sweep := time.NewTicker(time.Hour)
 	defer sweep.Stop()
-	again := make(<-chan time.Time)
+	var again <-chan time.Time
 	reconcile := func() {
 		again = nil
 		if err := o.reconcile(ctx); err != nil && ctx.Err() == nil {
@@ -223,13 +248,13 @@ func (o *Outbox) follow(ctx context.Context, events <-chan approvals.Event) {
 			switch {
 			case !ok:
 				return
-			case e.Kind == "resync" || e.Request == nil && e.Approval != "":
+			case e.Kind == approvals.EventResync || e.Request == nil && e.Approval != "":
 				reconcile()
 			case e.Request == nil:
 			default:
 				// Only with the event that asks is it certain that nobody was
 				// told before.
-				if err := o.note(ctx, e.Request, e.Kind == "requested"); err != nil && ctx.Err() == nil {
+				if err := o.note(ctx, e.Request, e.Kind == approvals.EventRequested); err != nil && ctx.Err() == nil {
 					o.c.Log.Warn("a notification could not be kept; comparing with the record again", zap.Error(err))
 					again = time.After(o.c.MinWait)
 				}
@@ -241,7 +266,7 @@ func (o *Outbox) follow(ctx context.Context, events <-chan approvals.Event) {
 // reconcile makes the rows that events did not: of what is pending, and of
 // what changed while nobody followed.
 func (o *Outbox) reconcile(ctx context.Context) error {
-	f := approvals.Filter{State: "pending"}
+	f := approvals.Filter{State: approvals.StatePending, Limit: 200}
 	for {
 		page, next, err := o.c.Source.List(ctx, f)
 		if err != nil {
@@ -444,7 +469,7 @@ func (o *Outbox) attempt(ctx context.Context, s Sender, r *row) (down bool, afte
 		if first == 0 {
 			first = now
 		} else {
-			d.Doubt = &Doubt{First: time.UnixMilli(r.first), Last: time.UnixMilli(r.last)}
+			d.Doubt = &Doubt{First: time.UnixMilli(r.first), Settled: time.UnixMilli(r.last).Add(o.c.Settle)}
 		}
 		if _, err := o.db.ExecContext(ctx, "UPDATE deliveries SET doubt_first = ?, doubt_last = ? WHERE approval = ? AND destination = ?", first, now, r.approval, s.Name()); err != nil {
 			return false, 0, err
@@ -473,7 +498,11 @@ func (o *Outbox) attempt(ctx context.Context, s Sender, r *row) (down bool, afte
 	r.tries++
 	wait := o.backoff(r.tries)
 	var certain *Failure
-	if errors.As(sendErr, &certain) {
+	switch {
+	case errors.Is(sendErr, ErrGone):
+		_, err = o.db.ExecContext(ctx, "UPDATE deliveries SET place = '', have = '', tries = ?, next = 0, doubt_first = ?, doubt_last = ? WHERE approval = ? AND destination = ?",
+			r.tries, req.Asked.UnixMilli(), o.c.Now().UnixMilli(), r.approval, s.Name())
+	case errors.As(sendErr, &certain):
 		wait = max(wait, certain.After)
 		down, after = certain.Down, certain.After
 		if !certain.Down {
@@ -481,7 +510,7 @@ func (o *Outbox) attempt(ctx context.Context, s Sender, r *row) (down bool, afte
 		}
 		_, err = o.db.ExecContext(ctx, "UPDATE deliveries SET tries = ?, next = ?, doubt_first = ?, doubt_last = ? WHERE approval = ? AND destination = ?",
 			r.tries, o.c.Now().Add(wait).UnixMilli(), r.first, now, r.approval, s.Name())
-	} else {
+	default:
 		down = true // no answer
 		_, err = o.db.ExecContext(ctx, "UPDATE deliveries SET tries = ?, next = ? WHERE approval = ? AND destination = ?",
 			r.tries, o.c.Now().Add(wait).UnixMilli(), r.approval, s.Name())
