@@ -119,7 +119,7 @@ func New(ctx context.Context, c Config) (*Approvals, error) {
 	a := &Approvals{
 		c: c, rpID: u.Hostname(), web: u.Scheme + "://" + u.Host,
 		state: store.NewState(), byID: map[string]string{}, subs: map[*subscriber]bool{},
-		challenges: pending[challenge]{life: challengeLife}, enrolments: pending[enrolment]{life: enrolmentLife},
+		challenges: pending[challenge]{life: ChallengeLife}, enrolments: pending[enrolment]{life: EnrolmentLife},
 	}
 	a.c.BaseURL = a.web
 	if err := a.load(ctx); err != nil {

@@ -18,10 +18,10 @@ import (
 )
 
 const (
-	// challengeLife is how long a person may take to touch the passkey.
-	challengeLife = 5 * time.Minute
-	// maxReason is the longest reason in bytes.
-	maxReason = 4 << 10
+	// ChallengeLife is how long a person may take to touch the passkey.
+	ChallengeLife = 5 * time.Minute
+	// maxReason is the longest reason in bytes: 2,000 characters in any script.
+	maxReason = 8 << 10
 	// maxScopes is how many scopes an approval for a whole run may have.
 	maxScopes = 20
 	// maxPending is how many challenges or enrolments one person has under way;
@@ -232,7 +232,7 @@ func (a *Approvals) Challenge(ctx context.Context, p Person, id string, d Decisi
 	if err != nil {
 		return nil, err
 	}
-	out := &Challenge{RPID: a.rpID, Credentials: []string{}, Expires: a.c.Now().Add(challengeLife)}
+	out := &Challenge{RPID: a.rpID, Credentials: []string{}, Expires: a.c.Now().Add(ChallengeLife)}
 	for _, k := range keys {
 		if k.signs() {
 			out.Credentials = append(out.Credentials, k.Credential)

@@ -25,8 +25,8 @@ import (
 )
 
 const (
-	// enrolmentLife is how long an enrolment may take, the fresh login included.
-	enrolmentLife = 10 * time.Minute
+	// EnrolmentLife is how long an enrolment may take, the fresh login included.
+	EnrolmentLife = 10 * time.Minute
 	// tokenLife is how old the fresh login's ID token may be.
 	tokenLife = 5 * time.Minute
 	// leeway is by how much the provider's clock may be ahead.
@@ -165,10 +165,14 @@ func (a *Approvals) BeginEnrolment(ctx context.Context, p Person, label string) 
 	}
 	user := sha256.Sum256([]byte("countersign/passkey-user/v1\x00" + a.pseudonym(p)))
 	out := &Enrolment{
-		ID: uuid.NewString(), Challenge: make([]byte, 32), RPID: a.rpID, UserID: user[:], User: strings.TrimPrefix(p.Name, "user:"),
-		Exclude: []string{}, Expires: a.c.Now().Add(enrolmentLife),
+		Challenge: make([]byte, 32), RPID: a.rpID, UserID: user[:], User: strings.TrimPrefix(p.Name, "user:"),
+		Exclude: []string{}, Expires: a.c.Now().Add(EnrolmentLife),
 	}
 	rand.Read(out.Challenge) // never fails since Go 1.24
+	out.ID = base64.RawURLEncoding.EncodeToString(out.Challenge)
+	for _, x := range algorithms {
+		out.Algorithms = append(out.Algorithms, int(x.Algorithm))
+	}
 	for _, k := range keys {
 		if k.Revoked.IsZero() {
 			out.Exclude = append(out.Exclude, k.Credential)
@@ -182,35 +186,36 @@ func (a *Approvals) BeginEnrolment(ctx context.Context, p Person, label string) 
 }
 
 // Register takes the passkey that the browser made (PublicKeyCredential as
-// JSON, W3C WebAuthn, section 5.1) and returns the nonce under which the person
-// is to log in anew: the provider's ID token with this nonce is what
-// FinishEnrolment takes. Errors about the key wrap ErrEnrolment.
-func (a *Approvals) Register(_ context.Context, p Person, id string, response []byte) (nonce string, err error) {
-	now := a.c.Now()
-	e, ok := a.enrolments.take(now, p.Name, id)
-	switch {
-	case !ok || e.details != nil:
-		return "", fmt.Errorf("%w: no such enrolment is under way, or it is over; begin again", ErrEnrolment)
-	case len(response) > maxResponse:
-		return "", fmt.Errorf("%w: the answer has more than %d bytes", ErrMalformed, maxResponse)
+// JSON, W3C WebAuthn, section 5.1) and returns which enrolment it is and the nonce
+// under which the person is to log in anew: the provider's ID token with this
+// nonce is what FinishEnrolment takes. Errors about the key wrap ErrEnrolment.
+func (a *Approvals) Register(_ context.Context, p Person, response []byte) (id, nonce string, err error) {
+	if len(response) > maxResponse {
+		return "", "", fmt.Errorf("%w: the answer has more than %d bytes", ErrMalformed, maxResponse)
 	}
 	made, err := protocol.ParseCredentialCreationResponseBytes(response)
 	if err != nil {
-		return "", fmt.Errorf("%w: the browser's answer: %w", ErrMalformed, err)
+		return "", "", fmt.Errorf("%w: the browser's answer: %w", ErrMalformed, err)
+	}
+	now := a.c.Now()
+	id = made.Response.CollectedClientData.Challenge
+	e, ok := a.enrolments.take(now, p.Name, id)
+	if !ok || e.details != nil {
+		return "", "", fmt.Errorf("%w: no such enrolment is under way, or it is over; begin again", ErrEnrolment)
 	}
 	if _, err := made.Verify(base64.RawURLEncoding.EncodeToString(e.challenge), a.rpID, []string{a.web}, nil, nil,
 		protocol.TopOriginExplicitVerificationMode, false, true, true, nil, algorithms,
 		protocol.AttestationPolicy{}, protocol.SignaturePolicy{}); err != nil {
-		return "", fmt.Errorf("%w: %w", ErrEnrolment, err)
+		return "", "", fmt.Errorf("%w: %w", ErrEnrolment, err)
 	}
 	data := made.Response.AttestationObject.AuthData.AttData
 	// W3C WebAuthn, section 7.1, step 26: a longer ID is refused.
 	if len(data.CredentialID) == 0 || len(data.CredentialID) > 1023 || len(data.CredentialPublicKey) > 4<<10 {
-		return "", fmt.Errorf("%w: its ID or key is too long", ErrEnrolment)
+		return "", "", fmt.Errorf("%w: its ID or key is too long", ErrEnrolment)
 	}
 	model, err := uuid.FromBytes(data.AAGUID)
 	if err != nil {
-		return "", fmt.Errorf("%w: AAGUID: %w", ErrEnrolment, err)
+		return "", "", fmt.Errorf("%w: AAGUID: %w", ErrEnrolment, err)
 	}
 	d := &store.EnrolledDetails{
 		Credential: base64.RawURLEncoding.EncodeToString(data.CredentialID), Key: data.CredentialPublicKey,
@@ -219,7 +224,7 @@ func (a *Approvals) Register(_ context.Context, p Person, id string, response []
 	rand.Read(d.Salt) // never fails since Go 1.24
 	e.details, e.nonce = d, d.Nonce(a.c.Origin, a.pseudonym(p))
 	a.enrolments.put(now, p.Name, id, e)
-	return e.nonce, nil
+	return id, e.nonce, nil
 }
 
 // FinishEnrolment puts a passkey on record, anchored in the provider's signature

@@ -179,13 +179,14 @@ type Passkey struct {
 
 // Enrolment is a passkey on its way.
 type Enrolment struct {
-	ID        string    `json:"id"`        // names it in the calls that follow
-	Challenge []byte    `json:"challenge"` // for navigator.credentials.create
-	RPID      string    `json:"rp_id"`
-	UserID    []byte    `json:"user_id"`
-	User      string    `json:"user"`
-	Exclude   []string  `json:"exclude"` // credential IDs that the person has
-	Expires   time.Time `json:"expires_at"`
+	ID         string    `json:"id"`        // the challenge in base64url, as the browser's client data repeats it
+	Challenge  []byte    `json:"challenge"` // for navigator.credentials.create
+	RPID       string    `json:"rp_id"`
+	UserID     []byte    `json:"user_id"`
+	User       string    `json:"user"`
+	Algorithms []int     `json:"algorithms"` // COSE algorithms, the preferred first
+	Exclude    []string  `json:"exclude"`    // credential IDs that the person has
+	Expires    time.Time `json:"expires_at"`
 }
 
 // Anchor is the identity provider's signature over a new key: the ID token of

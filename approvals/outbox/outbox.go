@@ -116,7 +116,7 @@ type Config struct {
 	Senders []Sender
 
 	MinWait time.Duration // before the second attempt, doubled from then on; 1 s by default
-	MaxWait time.Duration // the longest pause between attempts; 5 min by default
+	MaxWait time.Duration // the longest pause between attempts; 1 min by default
 	// Settle is how long after an attempt without an answer the next one waits,
 	// so that what is still under way has arrived where it is looked for; 3 s by
 	// default.
@@ -165,7 +165,7 @@ func Open(ctx context.Context, c Config) (*Outbox, error) {
 	for _, d := range []struct {
 		v *time.Duration
 		d time.Duration
-	}{{&c.MinWait, time.Second}, {&c.MaxWait, 5 * time.Minute}, {&c.Settle, 3 * time.Second}, {&c.GiveUp, 7 * 24 * time.Hour}, {&c.Timeout, 15 * time.Second}} {
+	}{{&c.MinWait, time.Second}, {&c.MaxWait, time.Minute}, {&c.Settle, 3 * time.Second}, {&c.GiveUp, 7 * 24 * time.Hour}, {&c.Timeout, 15 * time.Second}} {
 		if *d.v <= 0 {
 			*d.v = d.d
 		}
