@@ -69,6 +69,7 @@ type Config struct {
 	Scopes      Catalogue
 	Inflight    *inflight.Store
 	Identity    Identity // checks step identity tokens; nil: none is introspected
+	PeopleURL   string   // base of the recorder's pages, where requests are approved
 	PrivacyKey  store.PrivacyKey
 
 	Grace       time.Duration    // when another writer's intent without an outcome is given up; 60 s by default
@@ -97,7 +98,10 @@ type Broker struct {
 }
 
 // Caller is an authenticated orchestrator.
-type Caller struct{ Orchestrator string }
+type Caller struct {
+	Orchestrator string
+	Owners       []string // people who own it, as "user:NAME": none of them may approve what it asks for
+}
 
 // Ask is the body of POST /steps/{step}/credential, with what its headers said.
 type Ask struct {
@@ -135,10 +139,43 @@ type Reply struct {
 	Index      int64  // of credential.issued
 	LeafHash   string // base64
 	Receipt    string // tlog-proof, where asked for
+	Approved   *Approved
+	Waiting    *Waiting // set where people are to decide
 	// Answered must be called once the reply was written: a call that comes
 	// later under the same key is a retry, one that came earlier joined.
 	Answered func()
 }
+
+// Approved says which approval a credential rests on.
+type Approved struct {
+	ID      string // "apr_…"
+	Request string // whose decisions they are: its own, or, for its whole run, an earlier one's
+	People  int    // how many decisions it rests on
+}
+
+// Waiting says whom a request waits for.
+type Waiting struct {
+	ID      string // "apr_…"
+	URL     string // where people decide; empty where the broker was not told
+	Needs   []Need
+	Expires time.Time
+}
+
+// Need is how many people of a group must approve, and how many have.
+type Need struct {
+	Group    string
+	Count    int
+	Approved int
+}
+
+// NotApproved says that people denied a request, or that it came to another end
+// before its credential was minted.
+type NotApproved struct {
+	Request string
+	Status  store.Status // denied, expired or void
+}
+
+func (e *NotApproved) Error() string { return "the request is " + string(e.Status) }
 
 // View is what GET /requests/{id} shows.
 type View struct {
@@ -148,6 +185,7 @@ type View struct {
 	Step    string
 	Scope   string
 	Expires time.Time // of the live credential
+	Waiting *Waiting  // set where people are to decide, or have and nothing was minted yet
 }
 
 // Revoked is what became of a step's live credentials.

@@ -89,6 +89,17 @@ type world struct {
 
 	mu    sync.Mutex
 	trace []string
+	set   *scopes.Set // in force at every broker; nil: demo
+}
+
+// Current is the catalogue in force.
+func (w *world) Current() *scopes.Set {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.set == nil {
+		return demo
+	}
+	return w.set
 }
 
 // clock is the time plus what a test has let pass.
@@ -168,7 +179,7 @@ type node struct {
 func (w *world) start(name string, change ...func(*broker.Config)) *node {
 	w.t.Helper()
 	iss, err := issuer.New(w.t.Context(), issuer.Config{Addr: vault.Addr, Login: issuer.Login{Token: login}, TrustDomain: trustDomain, Log: w.log,
-		Scopes: func() *scopes.Set { return demo }, Identity: identity, FirstTTL: 2 * time.Second, Now: w.clock.now})
+		Scopes: w.Current, Identity: identity, FirstTTL: 2 * time.Second, Now: w.clock.now})
 	ok(w.t, err)
 	url := ""
 	if w.redis != nil {
@@ -178,7 +189,7 @@ func (w *world) start(name string, change ...func(*broker.Config)) *node {
 	ok(w.t, err)
 	n := &node{rec: &recorder{w: w, name: name}, iss: &tracing{Issuer: iss, w: w}, redis: state}
 	enc := zapcore.NewJSONEncoder(zap.NewProductionEncoderConfig())
-	cfg := broker.Config{Writer: name, TrustDomain: trustDomain, Recorder: n.rec, Issuer: n.iss, Scopes: scopes.Static(demo), Inflight: state,
+	cfg := broker.Config{Writer: name, TrustDomain: trustDomain, Recorder: n.rec, Issuer: n.iss, Scopes: w, Inflight: state, PeopleURL: "https://people.test/",
 		Identity: identity, PrivacyKey: store.PrivacyKey(key), Grace: 2 * time.Second, Tick: 20 * time.Millisecond, Now: w.clock.now,
 		Log: zap.New(zapcore.NewCore(enc, w.logs, zap.DebugLevel))}
 	for _, c := range change {

@@ -17,6 +17,14 @@ func newCalls() *calls {
 	return &calls{working: map[string]bool{}, answers: map[string]time.Time{}}
 }
 
+// began notes an intent that is about to be written for a request which another
+// call may be minting for.
+func (c *calls) began(intent string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.working[intent] = true
+}
+
 func (c *calls) started(request, intent string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

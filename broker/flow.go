@@ -5,6 +5,7 @@ import (
 	"encoding/base64"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -51,14 +52,28 @@ func (b *Broker) Request(ctx context.Context, c Caller, ask Ask) (*Reply, error)
 		return nil, err
 	}
 	p, err := b.plan(ctx, c, ask)
-	if err != nil {
-		return nil, err
+	if ctx.Err() != nil {
+		return nil, ctx.Err()
 	}
-	if p.verdict.Outcome != store.Allow {
+	if err != nil || p.verdict.Outcome == store.Deny {
+		// What people were asked about, or have approved, is given no more.
+		if t, waits := b.index.joined(p.join); waits && t.body == p.body {
+			if _, refusal := b.void(ctx, t.story, ask, false); refusal != nil && !errors.Is(refusal, ErrClosed) {
+				return nil, refusal
+			}
+		}
+		if err != nil {
+			return nil, err
+		}
 		return nil, b.deny(ctx, p)
 	}
 	for range 8 { // each turn needs another call to have failed in between
-		reply, err := b.open(ctx, p)
+		var reply *Reply
+		if p.verdict.Outcome == store.Allow {
+			reply, err = b.open(ctx, p)
+		} else {
+			reply, err = b.ask(ctx, p)
+		}
 		oe, joined := store.IsOrder(err, store.OrderJoined)
 		if !joined || oe.Request == nil {
 			return reply, err
@@ -80,46 +95,50 @@ type plan struct {
 	join    string
 	body    string
 	agent   string
+	after   string // the request before it under the same join, whose end the caller was told
 }
 
+// plan decides ask by the catalogue, policy and time of now. Where it fails the
+// plan still says which request it is.
 func (b *Broker) plan(ctx context.Context, c Caller, ask Ask) (*plan, error) {
 	set := b.Scopes.Current()
 	p := &plan{caller: c, ask: ask, policy: set.Digest(), agent: issuer.SPIFFEID(b.TrustDomain, c.Orchestrator, ask.Run, ask.Step)}
-	v, err := set.Decide(ctx, scopes.Ask{
-		Agent: p.agent, Orchestrator: c.Orchestrator, Run: ask.Run, Step: ask.Step, Scope: ask.Scope, TTL: ask.TTL,
-		Params: ask.Params, Delivery: ask.Delivery, PublicKey: ask.PublicKey, Audience: ask.Audience,
-		Subject: ask.Subject, SubjectProved: ask.Proved, Reason: ask.Reason, Time: b.Now(),
-	})
-	if err != nil {
-		return nil, err
-	}
-	if v.Err != nil {
-		b.Log.Error("policy could not be evaluated; the request is denied", zap.String("scope", ask.Scope), zap.Error(v.Err))
-	}
-	p.verdict = v
 	p.body = b.PrivacyKey.Digest("body", string(ask.Body))
 	if ask.Key != "" {
 		p.join = b.PrivacyKey.Digest("join", c.Orchestrator, ask.Step, "key", ask.Key)
 	} else {
 		p.join = b.PrivacyKey.Digest("join", c.Orchestrator, ask.Step, "body", p.body)
 	}
+	v, err := set.Decide(ctx, scopes.Ask{
+		Agent: p.agent, Orchestrator: c.Orchestrator, Run: ask.Run, Step: ask.Step, Scope: ask.Scope, TTL: ask.TTL,
+		Params: ask.Params, Delivery: ask.Delivery, PublicKey: ask.PublicKey, Audience: ask.Audience,
+		Subject: ask.Subject, SubjectProved: ask.Proved, Reason: ask.Reason, Time: b.Now(),
+	})
+	if err != nil {
+		return p, err
+	}
+	if v.Err != nil {
+		b.Log.Error("policy could not be evaluated; the request is denied", zap.String("scope", ask.Scope), zap.Error(v.Err))
+	}
+	p.verdict = v
 	return p, nil
 }
 
-// requested is the entry step.requested of p.
-func (b *Broker) requested(p *plan, outcome store.Outcome, reasons []string) *store.Submission {
+// requested is the entry step.requested of p. standing is the approval for its
+// whole run that it draws on, nil where it draws on none.
+func (b *Broker) requested(p *plan, standing *store.StandingUse) *store.Submission {
 	s := b.submission(store.StepRequested, &store.Entry{
 		Agent: p.agent, Orchestrator: p.caller.Orchestrator, Run: p.ask.Run, Step: p.ask.Step,
 		Request: newRequestID(), Resource: p.verdict.Grant.Target, Action: p.verdict.Grant.Scope,
-		Decision: &store.Decision{Outcome: outcome, Policy: p.policy, Reasons: append([]string{}, reasons...)},
+		Decision: &store.Decision{Outcome: p.verdict.Outcome, Policy: p.policy, Reasons: append([]string{}, p.verdict.Reasons...)},
 		Risk:     &store.Risk{Sensitivity: p.verdict.Scope.Sensitivity},
 	})
 	if p.ask.Subject != "" {
 		s.Subject = &store.Subject{ID: b.PrivacyKey.Pseudonym(p.ask.Subject), Proved: p.ask.Proved}
 	}
-	d := store.RequestedDetails{Grant: p.verdict.Grant, Body: p.body, Keyed: p.ask.Key != ""}
-	if outcome == store.Allow {
-		d.Join = p.join
+	d := store.RequestedDetails{Grant: p.verdict.Grant, Body: p.body, Keyed: p.ask.Key != "", Standing: standing}
+	if p.verdict.Outcome != store.Deny {
+		d.Join, d.After = p.join, p.after
 	}
 	s.SetDetails(d)
 	s.Seal(store.SealedReason, p.ask.Reason)
@@ -129,7 +148,7 @@ func (b *Broker) requested(p *plan, outcome store.Outcome, reasons []string) *st
 
 // deny puts a refusal on record, and returns it.
 func (b *Broker) deny(ctx context.Context, p *plan) error {
-	s := b.requested(p, store.Deny, p.verdict.Reasons)
+	s := b.requested(p, nil)
 	// A crash after this append leaves a denial that nobody was told; the next
 	// call is decided anew.
 	if _, err := b.append(ctx, s); err != nil {
@@ -146,10 +165,16 @@ func (b *Broker) open(ctx context.Context, p *plan) (*Reply, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	req := b.requested(p, store.Allow, p.verdict.Reasons)
+	return b.mintAtOnce(ctx, p, b.requested(p, nil), nil)
+}
+
+// mintAtOnce puts req and an intent on record in one append, and mints. a are the
+// decisions that it rests on, nil where nobody has to approve.
+func (b *Broker) mintAtOnce(ctx context.Context, p *plan, req *store.Submission, a *approved) (*Reply, error) {
 	story := req.Entry
+	story.Decision = p.allowed()
 	intent := b.submission(store.CredentialIssuing, &story)
-	intent.SetDetails(store.IssuingDetails{Attempt: 1, Grant: p.verdict.Grant.Digest(),
+	intent.SetDetails(store.IssuingDetails{Attempt: 1, Grant: p.verdict.Grant.Digest(), Approval: a.request(),
 		NotPast: store.At(b.Now().Add(time.Duration(p.verdict.Grant.TTL)))})
 
 	b.calls.started(req.Request, intent.ID)
@@ -166,16 +191,22 @@ func (b *Broker) open(ctx context.Context, p *plan) (*Reply, error) {
 		b.calls.forget(req.Request)
 		return nil, err
 	}
-	return b.mint(ctx, work, p, mint{story: &story, intent: intent.ID, attempt: 1,
-		warrant: store.Warrant{Request: app.Receipt(0), Intent: app.Receipt(1)}})
+	return b.mint(ctx, work, p, mint{story: &story, intent: intent.ID, attempt: 1, approved: a,
+		warrant: store.Warrant{Request: app.Receipt(0), Intent: app.Receipt(1), Approval: a.proof()}})
+}
+
+// allowed is the decision that an intent carries.
+func (p *plan) allowed() *store.Decision {
+	return &store.Decision{Outcome: store.Allow, Policy: p.policy, Reasons: append([]string{}, p.verdict.Reasons...)}
 }
 
 // mint is one intent on record that is to become a credential.
 type mint struct {
-	story   *store.Entry
-	intent  string
-	attempt int
-	warrant store.Warrant
+	story    *store.Entry
+	intent   string
+	attempt  int
+	approved *approved // nil where nobody had to approve
+	warrant  store.Warrant
 }
 
 // mint turns an intent on record into a credential that is on record, and
@@ -243,7 +274,7 @@ func (b *Broker) mint(caller, ctx context.Context, p *plan, m mint) (reply *Repl
 	reply = &Reply{
 		Request: request, Step: m.story.Step, Run: m.story.Run, Identity: m.story.Agent, Scope: m.story.Action, Target: m.story.Resource,
 		Credential: minted.Credential, IssuedAt: s.Time.Time, Expires: minted.Issued.Expires.Time,
-		Index: app.Entries[0].Index, LeafHash: base64.StdEncoding.EncodeToString(hash[:]),
+		Index: app.Entries[0].Index, LeafHash: base64.StdEncoding.EncodeToString(hash[:]), Approved: m.approved.said(),
 		Answered: func() { b.calls.answered(request, b.Now()) },
 	}
 	if p.ask.Receipt {
@@ -292,6 +323,9 @@ func (b *Broker) failed(p *plan, m mint, cause error) error {
 	if err != nil && !errors.Is(err, store.ErrUnavailable) {
 		b.Log.Warn("failure not recorded", zap.String("request", m.story.Request), zap.Error(err))
 	}
+	if m.approved.request() == m.story.Request && m.attempt == 1 {
+		return told // the approval stays usable
+	}
 	b.note(inflight.Request{ID: m.story.Request, Orchestrator: m.story.Orchestrator, Run: m.story.Run, Step: m.story.Step,
 		Scope: m.story.Action, Status: string(store.StatusFailed)})
 	return told
@@ -324,6 +358,9 @@ func (b *Broker) join(ctx context.Context, p *plan, r *store.Request) (reply *Re
 	if !r.Minting && r.Status == store.StatusIssued {
 		reply, err := b.retry(ctx, p, r)
 		return reply, false, err
+	}
+	if r.Pending != nil {
+		return b.attend(ctx, p, r)
 	}
 	wait := b.JoinWait
 	if p.ask.Wait > 0 {
@@ -395,27 +432,23 @@ func (b *Broker) retry(ctx context.Context, p *plan, r *store.Request) (*Reply, 
 	if err != nil {
 		return nil, unavailable(err)
 	}
-	entries, err := parse(app)
+	entries, err := b.took(app)
 	if err != nil {
 		return nil, err
 	}
-	b.index.apply(entries...)
 	t, ok := b.index.get(r.ID)
 	cause := t.cause
 	if t.live {
 		cause = t.condemned // it is to end, and Vault has not confirmed it yet
 	}
+	if r.Pending != nil && !r.Pending.Expires.After(b.Now()) {
+		return nil, ErrClosed // too late for what people approved to be collected again
+	}
 	if !ok || t.attempt != 1 || t.minting || cause != CauseUndelivered && (!t.live || cause != "") {
 		return nil, ErrClosed // ended on purpose, or another call was quicker
 	}
-	var request *store.Receipt
-	for i, e := range entries {
-		if e.Type == store.StepRequested && e.Request == r.ID {
-			receipt := app.Receipt(i)
-			request = &receipt
-		}
-	}
-	if request == nil || p.verdict.Grant.Digest() != r.Grant {
+	request, rests := b.rests(app, entries, r.ID, p.verdict.Grant.Scope)
+	if request == nil || p.changed(r.Grant, rests, b.excluded(p)) || (rests == nil) != (t.pending == nil && t.drawn == "") {
 		return nil, ErrClosed // what would be granted has changed
 	}
 	subs := []*store.Submission{}
@@ -432,8 +465,8 @@ func (b *Broker) retry(ctx context.Context, p *plan, r *store.Request) (*Reply, 
 		subs = append(subs, revoked)
 	}
 	intent := b.submission(store.CredentialIssuing, t.story)
-	intent.Decision = &store.Decision{Outcome: store.Allow, Policy: p.policy, Reasons: append([]string{}, p.verdict.Reasons...)}
-	intent.SetDetails(store.IssuingDetails{Attempt: 2, Grant: r.Grant, NotPast: r.NotPast})
+	intent.Decision = p.allowed()
+	intent.SetDetails(store.IssuingDetails{Attempt: 2, Grant: r.Grant, NotPast: r.NotPast, Approval: rests.request()})
 	subs = append(subs, intent)
 
 	b.calls.started(r.ID, intent.ID)
@@ -452,8 +485,8 @@ func (b *Broker) retry(ctx context.Context, p *plan, r *store.Request) (*Reply, 
 	if err != nil {
 		return nil, err
 	}
-	return b.mint(ctx, work, p, mint{story: t.story, intent: intent.ID, attempt: 2,
-		warrant: store.Warrant{Request: *request, Intent: done.Receipt(len(subs) - 1)}})
+	return b.mint(ctx, work, p, mint{story: t.story, intent: intent.ID, attempt: 2, approved: rests,
+		warrant: store.Warrant{Request: *request, Intent: done.Receipt(len(subs) - 1), Approval: rests.proof()}})
 }
 
 // submission starts an entry of type t that repeats the story of its request.
@@ -499,12 +532,22 @@ func (b *Broker) refresh(ctx context.Context, id string) (bool, error) {
 	if err != nil {
 		return false, unavailable(err)
 	}
+	entries, err := b.took(app)
+	return slices.ContainsFunc(entries, func(p placed) bool { return p.Request == id }), err
+}
+
+// took takes what the recorder said of one request into the index.
+func (b *Broker) took(app *store.Appended) ([]placed, error) {
 	entries, err := parse(app)
 	if err != nil {
-		return false, unavailable(err)
+		return nil, unavailable(err)
 	}
-	b.index.apply(entries...)
-	return len(entries) > 0, nil
+	size, err := checkpointSize(app.Checkpoint)
+	if err != nil {
+		return nil, unavailable(err)
+	}
+	b.index.looked(entries, size)
+	return entries, nil
 }
 
 // unavailable marks every error of the recorder that is not a refusal as one

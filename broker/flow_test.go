@@ -75,10 +75,11 @@ func TestEveryEngineOfTheDemoCanBeMinted(t *testing.T) {
 
 func TestADenialIsOnRecordAndNothingIsMinted(t *testing.T) {
 	w := newWorld(t)
+	w.inForce(func(s string) string { return strings.ReplaceAll(s, `ask: ["*"]`, `ask: ["billing-*"]`) })
 	b := w.start("broker-1")
 	_, err := b.Request(t.Context(), demoCaller, ask(run1(), func(a *broker.Ask) { a.Scope, a.Reason = "vault:demo-write", "because" }))
 	var denied *broker.Denied
-	why := []string{"needs approval"}
+	why := []string{"not allowed to ask for this scope"}
 	if !errors.As(err, &denied) || !slices.Equal(denied.Reasons, why) {
 		t.Fatalf("error %v", err)
 	}

@@ -1,6 +1,7 @@
 package broker
 
 import (
+	"slices"
 	"sync"
 	"time"
 
@@ -18,6 +19,7 @@ type tracked struct {
 	status   store.Status
 	attempt  int
 	intent   string
+	place    int64 // index of the latest intent
 	intentAt time.Time
 	writer   string // of the latest intent
 	minting  bool
@@ -30,6 +32,30 @@ type tracked struct {
 	forget   time.Time           // when a closed, keyed request is forgotten
 
 	condemned string // why a live credential is to end before its time
+
+	pending *store.Pending // what people were asked, nil where they were not; never changed in place
+	drawn   string         // the request whose standing approval this one draws on
+}
+
+// waits reports whether the request is one that people decide and that nothing
+// was minted for yet.
+func (t *tracked) waits() bool {
+	return t.pending != nil && (t.status == store.StatusPending || t.status == store.StatusApproved)
+}
+
+// stands returns until when requests of the run may draw on t's approval; zero
+// where they may not.
+func (t *tracked) stands() time.Time {
+	var until time.Time
+	if t.pending == nil {
+		return until
+	}
+	for _, v := range t.pending.Votes {
+		if v.Standing != nil && v.Standing.Until.After(until) {
+			until = v.Standing.Until.Time
+		}
+	}
+	return until
 }
 
 // index holds what is open.
@@ -38,6 +64,8 @@ type index struct {
 	requests  map[string]*tracked
 	steps     map[stepKey]map[string]bool // requests of a step
 	serials   map[string]string           // of a live identity token to its request
+	joins     map[string]string           // of a request that people decide to its ID
+	standing  map[string]bool             // requests with an approval for their whole run
 	waiting   map[string]map[*waiter]bool
 	closed    []string       // gone, to be dropped once the follower has passed them
 	own       map[int64]bool // entries applied from acknowledgements, which the follower will bring again
@@ -51,7 +79,7 @@ type stepKey struct{ orchestrator, run, step string }
 
 func newIndex() *index {
 	return &index{requests: map[string]*tracked{}, steps: map[stepKey]map[string]bool{},
-		serials: map[string]string{}, own: map[int64]bool{}, waiting: map[string]map[*waiter]bool{}, cursor: -1, ready: make(chan struct{})}
+		serials: map[string]string{}, joins: map[string]string{}, standing: map[string]bool{}, own: map[int64]bool{}, waiting: map[string]map[*waiter]bool{}, cursor: -1, ready: make(chan struct{})}
 }
 
 // apply takes entries into the index, in the order of the log. Entries that
@@ -116,17 +144,7 @@ func (x *index) one(e *store.Entry, at int64) {
 		return
 	}
 	if t == nil {
-		if e.Type != store.StepRequested || e.Decision == nil || e.Decision.Outcome != store.Allow {
-			return
-		}
-		d, err := store.DetailsAs[store.RequestedDetails](e)
-		if err != nil {
-			return
-		}
-		story := *e
-		story.Details, story.Sealed = nil, nil
-		x.requests[e.Request] = &tracked{story: &story, join: d.Join, keyed: d.Keyed, body: d.Body, status: store.StatusApproved, last: at}
-		x.wake(e.Request)
+		x.requested(e, at)
 		return
 	}
 	t.last = at
@@ -134,7 +152,11 @@ func (x *index) one(e *store.Entry, at int64) {
 	case store.CredentialIssuing:
 		if d, err := store.DetailsAs[store.IssuingDetails](e); err == nil {
 			t.intent, t.attempt, t.minting, t.live, t.writer, t.intentAt, t.gone = e.ID, d.Attempt, true, false, e.Writer, e.Time.Time, false
-			t.forget, t.condemned = time.Time{}, ""
+			t.forget, t.condemned, t.place = time.Time{}, "", at
+			// What follows repeats the decision that let it be minted.
+			story := *t.story
+			story.Decision = e.Decision
+			t.story = &story
 			k := stepKey{e.Orchestrator, e.Run, e.Step}
 			if x.steps[k] == nil {
 				x.steps[k] = map[string]bool{}
@@ -150,25 +172,113 @@ func (x *index) one(e *store.Entry, at int64) {
 			}
 		}
 	case store.CredentialFailed, store.CredentialAbandoned:
-		t.minting, t.status = false, store.StatusFailed
-		t.gone = t.attempt <= 1 || !t.keyed
-		x.close(t, e.Time.Time)
+		x.failed(t, e.Time.Time)
 	case store.CredentialRevoked, store.CredentialExpired:
 		t.live, t.status, t.condemned = false, store.StatusClosed, ""
 		if e.Cause != nil {
 			t.cause = *e.Cause
 		}
-		t.gone = !t.keyed
+		t.gone = !t.keyed && !t.stands().After(e.Time.Time)
 		delete(x.serials, t.issued.Serial)
 		x.close(t, e.Time.Time)
+	case store.ApprovalRequested:
+		if d, err := store.DetailsAs[store.ApprovalRequestedDetails](e); err == nil && t.pending == nil {
+			t.pending = &store.Pending{Approval: d.Approval, Index: at, Rule: d.Rule, Excluded: d.Excluded,
+				Expires: store.At(e.Time.Add(time.Duration(d.Rule.Expires)))}
+		}
+	case store.ApprovalDecided, store.ApprovalStanding:
+		x.decided(t, e, at)
+	case store.ApprovalExpired:
+		x.refused(t, store.StatusExpired, e.Time.Time)
 	case store.RequestWithdrawn:
 		t.status, t.gone = store.StatusWithdrawn, true
 		x.close(t, e.Time.Time)
 	case store.RequestVoid:
-		t.status, t.gone = store.StatusVoid, true
-		x.close(t, e.Time.Time)
+		x.refused(t, store.StatusVoid, e.Time.Time)
 	}
 	x.wake(e.Request)
+}
+
+// requested takes step.requested, which opens a request.
+func (x *index) requested(e *store.Entry, at int64) {
+	if e.Type != store.StepRequested || e.Decision == nil || e.Decision.Outcome != store.Allow && e.Decision.Outcome != store.NeedsApproval {
+		return
+	}
+	d, err := store.DetailsAs[store.RequestedDetails](e)
+	if err != nil {
+		return
+	}
+	story := *e
+	story.Details, story.Sealed = nil, nil
+	t := &tracked{story: &story, join: d.Join, keyed: d.Keyed, body: d.Body, status: store.StatusApproved, last: at}
+	x.requests[e.Request] = t
+	switch {
+	case d.Standing != nil:
+		t.drawn = d.Standing.Request
+		x.draw(t.drawn, 1)
+	case e.Decision.Outcome == store.NeedsApproval:
+		t.status = store.StatusPending
+		x.joins[d.Join] = e.Request
+	}
+	if old := x.requests[d.After]; old != nil && d.After != "" && !old.gone { // its caller was told, and the ledger has forgotten it
+		old.gone = true
+		x.closed = append(x.closed, d.After)
+	}
+	x.wake(e.Request)
+}
+
+// draw counts uses of a standing approval.
+func (x *index) draw(id string, n int) {
+	if from := x.requests[id]; from != nil && from.pending != nil {
+		p := *from.pending
+		p.Used = max(0, p.Used+n)
+		from.pending = &p
+	}
+}
+
+// decided takes a person's decision, as the order of the record does.
+func (x *index) decided(t *tracked, e *store.Entry, at int64) {
+	d, err := store.DetailsAs[store.DecidedDetails](e)
+	if err != nil || t.pending == nil || e.Person == nil {
+		return
+	}
+	if d.Decision == store.Refuse {
+		x.refused(t, store.StatusDenied, e.Time.Time)
+		return
+	}
+	p := *t.pending
+	p.Votes = append(slices.Clone(p.Votes), store.Vote{Person: *e.Person, Groups: d.Groups, Index: at, Standing: d.Standing})
+	if _, met := p.Rule.Tally(p.Votes); met && t.status == store.StatusPending {
+		t.status, p.Expires = store.StatusApproved, store.At(e.Time.Add(time.Duration(p.Rule.Collect)))
+	}
+	t.pending = &p
+	if d.Standing != nil {
+		x.standing[e.Request] = true
+	}
+}
+
+// refused ends a request that people were asked about. It is remembered for as
+// long as the ledger does.
+func (x *index) refused(t *tracked, as store.Status, at time.Time) {
+	t.status, t.minting = as, false
+	x.close(t, at)
+}
+
+// failed takes the end of an intent that came to nothing. What people approved
+// may be tried again.
+func (x *index) failed(t *tracked, at time.Time) {
+	t.minting = false
+	if t.pending != nil && t.attempt <= 1 {
+		t.status, t.attempt, t.condemned = store.StatusApproved, 0, ""
+		x.left(t)
+		return
+	}
+	if t.attempt <= 1 {
+		x.draw(t.drawn, -1)
+	}
+	t.status = store.StatusFailed
+	t.gone = t.attempt <= 1 || !t.keyed
+	x.close(t, at)
 }
 
 // close marks a request that nothing hangs on any more.
@@ -177,7 +287,16 @@ func (x *index) close(t *tracked, at time.Time) {
 		x.closed = append(x.closed, t.story.Request)
 	} else {
 		t.forget = at.Add(store.KeyLife)
+		if until := t.stands(); until.After(t.forget) {
+			t.forget = until
+		}
 	}
+	x.left(t)
+}
+
+// left takes a request out of those of its step that have, or are about to
+// have, a credential.
+func (x *index) left(t *tracked) {
 	k := stepKey{t.story.Orchestrator, t.story.Run, t.story.Step}
 	delete(x.steps[k], t.story.Request)
 	if len(x.steps[k]) == 0 {
@@ -200,12 +319,20 @@ func (x *index) drop() {
 		switch t := x.requests[id]; {
 		case t == nil || !t.gone:
 		case t.last <= x.cursor:
-			delete(x.requests, id)
+			x.delete(id, t)
 		default:
 			keep = append(keep, id)
 		}
 	}
 	x.closed = keep
+}
+
+func (x *index) delete(id string, t *tracked) {
+	delete(x.requests, id)
+	delete(x.standing, id)
+	if x.joins[t.join] == id {
+		delete(x.joins, t.join)
+	}
 }
 
 // forget drops closed requests whose idempotency key is no longer remembered.
@@ -214,14 +341,15 @@ func (x *index) forget(now time.Time) {
 	defer x.mu.Unlock()
 	for id, t := range x.requests {
 		if !t.forget.IsZero() && now.After(t.forget) {
-			delete(x.requests, id)
+			x.delete(id, t)
 		}
 	}
 }
 
 // merge takes the whole of what is open in a log of size entries: what the
-// index holds beyond it was closed while nobody looked.
-func (x *index) merge(open []placed, size int64, now time.Time) {
+// index holds beyond it was closed while nobody looked. What became of a request
+// that people decide is for the caller to look up: it returns those.
+func (x *index) merge(open []placed, size int64, now time.Time) (ended []string) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	named := map[string]bool{}
@@ -229,7 +357,12 @@ func (x *index) merge(open []placed, size int64, now time.Time) {
 		named[p.Request] = true
 		x.one(p.Entry, p.Index)
 	}
+	x.settle(open, size)
 	for id, t := range x.requests {
+		if !named[id] && t.last < size && t.waits() {
+			ended = append(ended, id)
+			continue
+		}
 		if !named[id] && t.last < size && !t.gone && (t.minting || t.live || t.status == store.StatusApproved) {
 			t.minting, t.live, t.gone, t.status = false, false, true, store.StatusClosed
 			delete(x.serials, t.issued.Serial)
@@ -249,6 +382,35 @@ func (x *index) merge(open []placed, size int64, now time.Time) {
 		x.synced = true
 		close(x.ready)
 	}
+	return ended
+}
+
+// looked takes what the recorder says of one request in a log of size entries.
+func (x *index) looked(entries []placed, size int64) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	for _, p := range entries {
+		x.one(p.Entry, p.Index)
+	}
+	x.settle(entries, size)
+}
+
+// settle finds intents that came to nothing while nobody looked: of a request
+// that people approved the recorder names no intent that has failed.
+func (x *index) settle(open []placed, size int64) {
+	intents, named := map[string]bool{}, map[string]bool{}
+	for _, p := range open {
+		named[p.Request] = true
+		if p.Type == store.CredentialIssuing {
+			intents[p.ID] = true
+		}
+	}
+	for id := range named {
+		if t := x.requests[id]; t != nil && t.pending != nil && t.minting && t.place < size && !intents[t.intent] {
+			x.failed(t, t.intentAt)
+			x.wake(id)
+		}
+	}
 }
 
 // vanish closes a request that the recorder no longer names as open.
@@ -256,11 +418,41 @@ func (x *index) vanish(id string, now time.Time) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	if t := x.requests[id]; t != nil && !t.gone {
-		t.minting, t.live, t.gone, t.status = false, false, true, store.StatusClosed
+		status := store.StatusClosed
+		if t.waits() && !t.minting {
+			status = store.StatusWithdrawn // all else would be remembered
+		}
+		t.minting, t.live, t.gone, t.status = false, false, true, status
 		delete(x.serials, t.issued.Serial)
 		x.close(t, now)
 		x.wake(id)
 	}
+}
+
+// joined returns the request that holds a join and waits for people or for
+// being collected.
+func (x *index) joined(join string) (tracked, bool) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	t := x.requests[x.joins[join]]
+	if t == nil || t.minting || !t.waits() {
+		return tracked{}, false
+	}
+	return *t, true
+}
+
+// standings returns the requests of a run whose approval may stand for scope
+// at now.
+func (x *index) standings(orchestrator, run, scope string, now store.Time) []tracked {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	var out []tracked
+	for id := range x.standing {
+		if t := x.requests[id]; t != nil && t.pending != nil && t.story.Orchestrator == orchestrator && t.story.Run == run && t.pending.Terms(scope, now) != nil {
+			out = append(out, *t)
+		}
+	}
+	return out
 }
 
 // stale reports whether the follower is not up to date.

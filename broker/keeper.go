@@ -132,8 +132,8 @@ func (b *Broker) follow() {
 
 func (b *Broker) followOnce() error {
 	ctx, cancel := context.WithTimeout(b.ctx, time.Minute)
+	defer cancel()
 	app, err := b.Recorder.Open(ctx, "")
-	cancel()
 	if err != nil {
 		return err
 	}
@@ -145,7 +145,15 @@ func (b *Broker) followOnce() error {
 	if err != nil {
 		return err
 	}
-	b.index.merge(entries, size, b.Now())
+	for _, id := range b.index.merge(entries, size, b.Now()) {
+		found, err := b.refresh(ctx, id)
+		if err != nil {
+			return err
+		}
+		if !found {
+			b.index.vanish(id, b.Now())
+		}
+	}
 	if err := b.rebuild(b.ctx); err != nil {
 		b.Log.Warn("state not rebuilt; the next call tries again", zap.Error(err))
 	}
@@ -539,8 +547,14 @@ func (b *Broker) Get(ctx context.Context, c Caller, id string) (View, error) {
 	}
 	t, ok := b.index.get(id)
 	var unread error
-	if !ok {
-		if _, unread = b.refresh(ctx, id); unread == nil {
+	// The index is a moment late: whoever asks after a person has decided is to
+	// see the decision.
+	if !ok || t.waits() {
+		found := false
+		if found, unread = b.refresh(ctx, id); unread == nil {
+			if !found && ok {
+				b.index.vanish(id, b.Now())
+			}
 			t, ok = b.index.get(id)
 		}
 	}
@@ -551,6 +565,9 @@ func (b *Broker) Get(ctx context.Context, c Caller, id string) (View, error) {
 		v := View{Request: id, Status: t.status, Run: t.story.Run, Step: t.story.Step, Scope: t.story.Action}
 		if t.live {
 			v.Expires = t.issued.Expires.Time
+		}
+		if t.waits() && !t.minting {
+			v.Waiting = b.waiting(t.pending)
 		}
 		return v, nil
 	}
