@@ -123,36 +123,36 @@
     form.setAttribute('aria-busy', on ? 'true' : 'false');
   }
 
+  // sign has a passkey sign what the form says, and sends it. The recorder
+  // chooses what is signed, and finds it again by the signature.
   async function sign(form, decision) {
     const fields = new FormData(form);
-    const body = { decision, reason: fields.get('reason') || '' };
+    const body = { decision, reason: (fields.get('reason') || '').trim() };
     if (decision === 'approve' && fields.get('standing')) {
-      body.standing = { scopes: fields.getAll('standing_scope'), uses: Number(fields.get('standing_uses')), for: fields.get('standing_for') };
+      body.standing = { scopes: fields.getAll('standing_scope'), uses: Number(fields.get('standing_uses')), until: fields.get('standing_until') };
     }
     const options = (await ask(form.dataset.challenge, body)).publicKey;
     options.challenge = bytes(options.challenge);
-    options.allowCredentials = (options.allowCredentials || []).map((c) => ({ ...c, id: bytes(c.id) }));
-    options.userVerification = 'required';
+    options.allowCredentials = options.allowCredentials.map((c) => ({ ...c, id: bytes(c.id) }));
     const c = await navigator.credentials.get({ publicKey: options });
-    form.elements.assertion.value = JSON.stringify({
+    message(form, 'Signed. Sending…');
+    body.assertion = {
       id: c.id, rawId: text(c.rawId), type: c.type,
       response: {
         authenticatorData: text(c.response.authenticatorData),
         clientDataJSON: text(c.response.clientDataJSON),
         signature: text(c.response.signature),
-        userHandle: c.response.userHandle ? text(c.response.userHandle) : '',
       },
-    });
+    };
+    await ask(form.action, body);
+    location.assign(form.dataset.page + '?decided');
   }
 
   function wireDecision(form) {
     const can = Boolean(window.PublicKeyCredential && navigator.credentials);
     for (const e of form.querySelectorAll('[data-passkey]')) e.hidden = !can;
-    let signed = false;
     form.addEventListener('submit', async (event) => {
-      if (signed) return; // the second time, with the signature
-      const button = event.submitter;
-      const decision = button ? button.value : '';
+      const decision = event.submitter ? event.submitter.value : '';
       const box = form.elements.sign;
       const due = form.dataset.due === 'true' && decision === 'approve';
       if (!due && !(box && box.checked)) return; // a plain form
@@ -162,10 +162,6 @@
       message(form, 'Confirm with your passkey…');
       try {
         await sign(form, decision);
-        signed = true;
-        busy(form, false);
-        message(form, 'Signed. Sending…');
-        form.requestSubmit(button);
       } catch (e) {
         busy(form, false);
         message(form, why(e), true);
@@ -202,7 +198,7 @@
             },
           },
         });
-        location.assign(next.redirect);
+        location.assign(next.location);
       } catch (e) {
         busy(form, false);
         message(form, why(e), true);

@@ -1,0 +1,542 @@
+package approve
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"embed"
+	"encoding/base64"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"html/template"
+	"io/fs"
+	"net/http"
+	"net/url"
+	"path"
+	"slices"
+	"strings"
+	"time"
+	"unicode/utf8"
+
+	"github.com/go-chi/chi/v5"
+	"github.com/go-json-experiment/json"
+	"github.com/go-json-experiment/json/jsontext"
+	"go.uber.org/zap"
+
+	"github.com/countersign-dev/countersign/api/problem"
+	"github.com/countersign-dev/countersign/approvals"
+	"github.com/countersign-dev/countersign/store"
+)
+
+//go:embed templates/*.html
+var templates embed.FS
+
+//go:embed static
+var static embed.FS
+
+// policy is the Content-Security-Policy of every page: all that a page loads,
+// runs and posts to is this recorder's own, and nobody frames it.
+const policy = "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; img-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+
+// Judge is what the pages ask beside what they are handed; *approvals.Approvals
+// is one.
+type Judge interface {
+	// May says whether p may decide r so; the error is a *store.OrderError.
+	May(r *approvals.Request, p approvals.Person, d approvals.Decision) error
+	// Before says what came before r.
+	Before(ctx context.Context, r *approvals.Request) (*approvals.Context, error)
+	// Passkeys lists of's keys.
+	Passkeys(ctx context.Context, of *approvals.Person) ([]approvals.Passkey, error)
+}
+
+// HTMLConfig is what the pages need.
+type HTMLConfig struct {
+	Judge  Judge
+	CSRF   func(*http.Request) string // the token of the session's forms
+	Scopes approvals.Catalogue        // describes scopes; nil: nothing does
+	// Message returns the address of the Slack message about an approval, or
+	// nothing; nil: there is no Slack.
+	Message func(ctx context.Context, approval string) string
+	// Enrol is whether people enrol passkeys here.
+	Enrol bool
+	// ActivateAfter is when a passkey is active by itself; zero: a second person
+	// activates it.
+	ActivateAfter time.Duration
+	// Slack links people's Slack accounts; nil: there is no Slack.
+	Slack SlackAccounts
+	Now   func() time.Time // time.Now where nil
+}
+
+// HTML is the pages of the approvals. They work without a script, but for
+// passkeys.
+type HTML struct {
+	c    HTMLConfig
+	t    *template.Template
+	etag map[string]string // of static files
+}
+
+// NewHTML returns the pages.
+func NewHTML(c HTMLConfig) (*HTML, error) {
+	if c.Judge == nil || c.CSRF == nil {
+		return nil, errors.New("the approval pages need what says who may decide, and the sessions' CSRF tokens")
+	}
+	if c.Now == nil {
+		c.Now = time.Now
+	}
+	t, err := template.New("").Funcs(template.FuncMap{
+		"text": text, "stamp": stamp, "clock": clock, "remaining": remaining, "span": span, "delivery": delivery, "happened": happened,
+		"join":  func(list []string) string { return strings.Join(list, ", ") },
+		"exact": func(d store.Duration) string { return time.Duration(d).String() },
+	}).ParseFS(templates, "templates/*.html")
+	if err != nil {
+		return nil, fmt.Errorf("templates of the approval pages: %w", err)
+	}
+	h := &HTML{c: c, t: t, etag: map[string]string{}}
+	files, err := fs.ReadDir(static, "static")
+	if err != nil {
+		return nil, fmt.Errorf("files of the approval pages: %w", err)
+	}
+	for _, f := range files {
+		b, err := static.ReadFile("static/" + f.Name())
+		if err != nil {
+			return nil, fmt.Errorf("files of the approval pages: %w", err)
+		}
+		sum := sha256.Sum256(b)
+		h.etag[f.Name()] = `"` + base64.RawURLEncoding.EncodeToString(sum[:12]) + `"`
+	}
+	return h, nil
+}
+
+// Routes adds style and scripts.
+func (h *HTML) Routes(r chi.Router) {
+	r.Get("/approvals/static/{file}", h.file)
+	if h.c.Slack != nil {
+		r.Get("/slack/link", h.slack)
+		r.Post("/slack/link", h.linkSlack)
+	}
+}
+
+func (h *HTML) file(w http.ResponseWriter, r *http.Request) {
+	name := chi.URLParam(r, "file")
+	b, err := static.ReadFile("static/" + name)
+	if err != nil {
+		problem.Write(w, r, problem.NotFound("no such path"))
+		return
+	}
+	header := w.Header()
+	header.Set("ETag", h.etag[name])
+	header.Set("Cache-Control", "no-cache") // asked for again by its ETag: a new recorder brings a new style
+	header.Set("Cross-Origin-Resource-Policy", "same-origin")
+	header.Set("Content-Type", map[string]string{
+		".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8", ".svg": "image/svg+xml",
+	}[path.Ext(name)])
+	http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(b))
+}
+
+// frame is what surrounds every page.
+type frame struct {
+	Title   string
+	Section string // approvals or passkeys
+	Exact   bool   // it is the section's first page
+	Narrow  bool
+	Person  string
+	CSRF    string
+	Now     time.Time
+	Events  string // where live updates come from; empty: none
+	Kinds   string // their kinds
+	Notice  string // good news
+	Slack   bool   // there are Slack accounts to link
+}
+
+func (h *HTML) frame(r *http.Request, person approvals.Person, section, title string) frame {
+	return frame{Title: title, Section: section, Person: strings.TrimPrefix(person.Name, "user:"), CSRF: h.c.CSRF(r), Now: h.c.Now(),
+		Events: "/approvals/events", Kinds: kinds, Slack: h.c.Slack != nil}
+}
+
+// kinds are the events that a page is fetched again for.
+const kinds = approvals.EventRequested + " " + approvals.EventDecided + " " + approvals.EventApproved + " " + approvals.EventDenied + " " +
+	approvals.EventExpired + " " + approvals.EventWithdrawn + " " + approvals.EventVoid + " " + approvals.EventIssued + " " +
+	approvals.EventPasskey + " " + approvals.EventResync
+
+// write answers with a page.
+func (h *HTML) write(w http.ResponseWriter, r *http.Request, status int, name string, data any) {
+	var b bytes.Buffer
+	if err := h.t.ExecuteTemplate(&b, name, data); err != nil {
+		problem.Write(w, r, problem.Internal(fmt.Errorf("page %s: %w", name, err)))
+		return
+	}
+	header := w.Header()
+	header.Set("Content-Type", "text/html; charset=utf-8")
+	header.Set("Content-Security-Policy", policy)
+	header.Set("X-Content-Type-Options", "nosniff")
+	header.Set("X-Frame-Options", "DENY") // for browsers that do not know frame-ancestors
+	// Not no-referrer, under which browsers send "Origin: null" with a form, and
+	// a form from elsewhere could not be told from ours.
+	header.Set("Referrer-Policy", "same-origin")
+	header.Set("Cross-Origin-Opener-Policy", "same-origin")
+	header.Set("Cross-Origin-Resource-Policy", "same-origin")
+	header.Set("Permissions-Policy", "camera=(), geolocation=(), microphone=(), payment=(), usb=(), publickey-credentials-create=(self), publickey-credentials-get=(self)")
+	header.Set("Cache-Control", "no-store")
+	header.Add("Vary", "Accept")
+	w.WriteHeader(status)
+	_, _ = b.WriteTo(w)
+}
+
+// version names what a region of a page shows, so that the script replaces it
+// only where it shows something else.
+func version(shown ...any) string {
+	b, err := json.Marshal(shown, json.Deterministic(true), jsontext.AllowInvalidUTF8(true))
+	if err != nil {
+		panic(err) // our own types always marshal
+	}
+	sum := sha256.Sum256(b)
+	return hex.EncodeToString(sum[:8])
+}
+
+// row is a request in the inbox.
+type row struct {
+	*approvals.Request
+	Link    string
+	State   state
+	Tone    string
+	Pending bool
+	Said    string // the reason, or its beginning
+	Cut     int    // how many characters of the reason are left out
+}
+
+// tab is a link to a state of requests.
+type tab struct {
+	Name, URL string
+	Current   bool
+}
+
+// maxSaid is how many characters of a reason the inbox shows.
+const maxSaid = 280
+
+var tabs = []struct{ state, name, what, empty, text string }{
+	{approvals.StateMine, "For me", "Requests that wait for you", "Nothing waits for you", "When an orchestrator asks for something that you may approve, it stands here at once. There is nothing you need to do."},
+	{approvals.StatePending, "Waiting", "Requests that wait for people", "Nothing waits for anybody", "No orchestrator waits for a person. What is asked for next stands here at once."},
+	{approvals.StateDecided, "Decided", "Requests that are decided", "Nothing has been decided yet", "What people approve or deny, and what expires, stands here afterwards."},
+	{approvals.StateAll, "All", "All requests", "Nobody has asked yet", "Requests for sensitive scopes stand here, from the first one on."},
+}
+
+// Inbox implements Pages.
+func (h *HTML) Inbox(w http.ResponseWriter, r *http.Request, person approvals.Person, f approvals.Filter, list []approvals.Request, next string) {
+	if f.State == "" {
+		f.State = approvals.StatePending
+	}
+	page := struct {
+		frame
+		Here, What, Empty, EmptyText string
+		Tabs                         []tab
+		Rows                         []row
+		First, More, Version         string
+	}{frame: h.frame(r, person, "approvals", "Approvals"), Here: r.URL.RequestURI()}
+	page.Exact = true
+	for _, t := range tabs {
+		page.Tabs = append(page.Tabs, tab{t.name, "/approvals?state=" + t.state, t.state == f.State})
+		if t.state == f.State {
+			page.What, page.Empty, page.EmptyText = t.what, t.empty, t.text
+		}
+	}
+	if f.Before != "" {
+		page.First = "/approvals?state=" + url.QueryEscape(f.State)
+		if len(list) == 0 {
+			page.Empty, page.EmptyText = "There is nothing older", "This is the end of the list."
+		}
+	}
+	if next != "" {
+		page.More = "/approvals?state=" + url.QueryEscape(f.State) + "&cursor=" + url.QueryEscape(next)
+	}
+	shown := []any{next}
+	for i := range list {
+		q := &list[i]
+		x := row{Request: q, Link: "/approvals/" + url.PathEscape(q.ID), State: stateOf(q.Status), Tone: q.Sensitivity, Pending: q.Status == store.StatusPending}
+		x.Said, x.Cut = begin(q.Reason, maxSaid)
+		page.Rows = append(page.Rows, x)
+		shown = append(shown, q.ID, q.Status, q.Needs, len(q.Decisions))
+	}
+	page.Version = version(shown...)
+	h.write(w, r, http.StatusOK, "inbox", page)
+}
+
+// begin returns at most n characters of s, and how many it left out.
+func begin(s string, n int) (string, int) {
+	s = strings.TrimSpace(s)
+	all := utf8.RuneCountInString(s)
+	if all <= n {
+		return s, 0
+	}
+	i := 0
+	for range n {
+		_, size := utf8.DecodeRuneInString(s[i:])
+		i += size
+	}
+	return s[:i], all - n
+}
+
+// seat is how far a group has come.
+type seat struct {
+	approvals.Need
+	Dots []bool // one per person due, true where somebody approved
+}
+
+// attempt is a decision that did not count.
+type attempt struct {
+	approvals.Refused
+	Why string
+}
+
+// requestPage is the page of one request.
+type requestPage struct {
+	frame
+	R           *approvals.Request
+	Description string // of the scope, from the catalogue
+	State       state
+	Pending     bool // people are due
+	Waits       bool // its time runs
+	Rule        []ruleLine
+	Seats       []seat
+	Refused     []attempt
+	Past        *approvals.Context // nil: it cannot be read now
+	SlackURL    string
+
+	Version  string // of what is decided so far
+	Deciding string // version of the form
+
+	CanDecide, CanApprove bool
+	WhyNot                string // why it cannot be decided, or not approved
+	Wrong                 string // why the decision that was sent did not count
+	Said                  string // the reason that was sent with it
+	ReasonDue, Passkey    bool
+	HasKey                bool // the person has an active passkey
+	Standing              *store.StandingLimit
+	Scopes                []string // that an approval for the whole run may cover
+	Untils                []until  // when it may end
+	Enrol                 bool     // a passkey can be enrolled here
+}
+
+// until is an end that an approval for the whole run may have. It is a time, not
+// a duration: what is signed is what the page showed.
+type until struct{ Value, Name string }
+
+// Show implements Pages.
+func (h *HTML) Show(w http.ResponseWriter, r *http.Request, person approvals.Person, req *approvals.Request) {
+	p, err := h.request(r, person, req)
+	if err != nil {
+		h.Problem(w, r, person, problem.From(err))
+		return
+	}
+	// After its decision the form leads here. What is said is read from the
+	// record, since anybody can make a link.
+	if r.URL.Query().Has("decided") {
+		for _, d := range slices.Backward(req.Decisions) {
+			if d.Person == person.Name {
+				p.Notice = fmt.Sprintf("Your %s is on record, as entry %d.", map[string]string{store.Approve: "approval", store.Refuse: "denial"}[d.Decision], d.Index)
+				break
+			}
+		}
+	}
+	h.write(w, r, http.StatusOK, "request", p)
+}
+
+// Decided implements Pages: what was decided is shown by the request's page, so
+// that a reload decides nothing again (RFC 9110, section 15.4.4).
+func (h *HTML) Decided(w http.ResponseWriter, r *http.Request, person approvals.Person, req *approvals.Request, d approvals.Decision, err error) {
+	if err == nil && req != nil {
+		w.Header().Set("Cache-Control", "no-store")
+		http.Redirect(w, r, "/approvals/"+url.PathEscape(req.ID)+"?decided", http.StatusSeeOther)
+		return
+	}
+	if err == nil {
+		err = approvals.ErrNotFound
+	}
+	doc := problemOf(err)
+	if req == nil || doc.Status >= http.StatusInternalServerError {
+		h.Problem(w, r, person, doc)
+		return
+	}
+	p, ferr := h.request(r, person, req)
+	if ferr != nil {
+		h.Problem(w, r, person, problem.From(ferr))
+		return
+	}
+	p.Wrong, p.Said = wrong(doc, err), d.Reason
+	p.Title = "Not decided: " + p.Title
+	h.write(w, r, doc.Status, "request", p)
+}
+
+// problemOf says which problem an error of the approvals is, for its status.
+func problemOf(err error) *problem.Problem { return problem.From(refusal(err)) }
+
+// refusals says to a person why the record does not take the decision.
+var refusals = map[store.OrderCode]string{
+	store.OrderSelf:     "You are on the requester’s side: it is for you, or you own the orchestrator that asks. Somebody else has to decide.",
+	store.OrderApprover: "You are in none of the groups that decide this.",
+	store.OrderDecided:  "You have approved this already. Each person counts once.",
+	store.OrderHours:    "Approvals are not taken at this hour.",
+	store.OrderPasskey:  "An approval of this must be signed with your passkey.",
+	store.OrderReason:   "Say why: a reason is due.",
+	store.OrderNotOpen:  "It is not open any more.",
+}
+
+// wrong says why a decision did not count.
+func wrong(doc *problem.Problem, err error) string {
+	var order *store.OrderError
+	if errors.As(err, &order) && refusals[order.Code] != "" {
+		return refusals[order.Code]
+	}
+	if doc.Detail != "" {
+		return doc.Detail
+	}
+	return doc.Title
+}
+
+// request makes the page of req as person sees it.
+func (h *HTML) request(r *http.Request, person approvals.Person, req *approvals.Request) (*requestPage, error) {
+	p := &requestPage{
+		frame: h.frame(r, person, "approvals", req.Scope), R: req,
+		State: stateOf(req.Status), Pending: req.Status == store.StatusPending,
+		Waits: req.Status == store.StatusPending || req.Status == store.StatusApproved,
+		Rule:  inWords(&req.Rule), ReasonDue: req.Rule.Reasons.Approver, Passkey: req.Rule.Passkey,
+		Standing: req.Rule.Standing, Enrol: h.c.Enrol,
+	}
+	if h.c.Scopes != nil {
+		if set := h.c.Scopes.Current(); set != nil {
+			if s, ok := set.Scope(req.Scope); ok {
+				p.Description = s.Description
+			}
+		}
+	}
+	if h.c.Message != nil {
+		if u, err := url.Parse(h.c.Message(r.Context(), req.ID)); err == nil && u.Scheme == "https" && u.Host != "" {
+			p.SlackURL = u.String()
+		}
+	}
+	for _, n := range req.Needs {
+		s := seat{Need: n}
+		for i := range n.Count {
+			s.Dots = append(s.Dots, i < n.Approved)
+		}
+		p.Seats = append(p.Seats, s)
+	}
+	for _, x := range req.Refused {
+		p.Refused = append(p.Refused, attempt{x, why(x.Problem)})
+	}
+	past, err := h.c.Judge.Before(r.Context(), req)
+	if err != nil { // said on the page; what is to be decided is there all the same
+		problem.Logger(r.Context()).Warn("what came before a request cannot be read", zap.String("approval", req.ID), zap.Error(err))
+	} else {
+		p.Past = past
+	}
+	if err := h.mayDecide(r, person, p); err != nil {
+		return nil, err
+	}
+	p.Version = version(req.Status, req.Needs, req.Decisions, req.Refused, req.Expires)
+	p.Deciding = version(req.Status, p.CanDecide, p.CanApprove, p.WhyNot, p.HasKey)
+	return p, nil
+}
+
+// mayDecide asks whether person may deny, and whether they may approve where
+// they give a reason and a signature.
+func (h *HTML) mayDecide(r *http.Request, person approvals.Person, p *requestPage) error {
+	full := approvals.Decision{Decision: store.Refuse, Reason: "asked by the page", Via: "page", Assertion: &approvals.Signed{}}
+	deny := h.c.Judge.May(p.R, person, full)
+	full.Decision = store.Approve
+	approve := h.c.Judge.May(p.R, person, full)
+	p.CanDecide, p.CanApprove = deny == nil, deny == nil && approve == nil
+	keys, err := h.c.Judge.Passkeys(r.Context(), &person)
+	if err != nil {
+		return fmt.Errorf("reading the passkeys: %w", err)
+	}
+	p.HasKey = slices.ContainsFunc(keys, func(k approvals.Passkey) bool { return k.Person == person.Name && k.Active && k.Revoked.IsZero() })
+	switch {
+	case !p.Pending:
+		p.WhyNot = closed(p.R.Status)
+	case deny != nil:
+		p.WhyNot = cannot(deny)
+	case approve != nil:
+		p.WhyNot = cannot(approve)
+		var order *store.OrderError
+		if errors.As(approve, &order) && order.Code == store.OrderHours && p.R.Rule.Hours != nil {
+			p.WhyNot = "Approvals are taken from " + p.R.Rule.Hours.From + " to " + p.R.Rule.Hours.To + ", " + p.R.Rule.Hours.Zone + days(p.R.Rule.Hours.Days) + "."
+		}
+		p.WhyNot += " You may still deny it."
+	case p.Passkey && !p.HasKey:
+		p.WhyNot = "An approval must be signed with a passkey, and you have none that is active. You may still deny it."
+	}
+	if p.Standing != nil && p.CanApprove {
+		h.standing(p)
+	}
+	return nil
+}
+
+// standing offers what an approval for the whole run may cover: this scope, and
+// others of the catalogue that allow it.
+func (h *HTML) standing(p *requestPage) {
+	p.Scopes = []string{p.R.Scope}
+	if h.c.Scopes != nil {
+		if set := h.c.Scopes.Current(); set != nil {
+			for _, s := range set.For(p.R.Orchestrator) {
+				if s.Name != p.R.Scope && s.Approval != nil && s.Approval.Standing != nil {
+					p.Scopes = append(p.Scopes, s.Name)
+				}
+			}
+		}
+	}
+	for _, part := range []time.Duration{1, 2, 4} {
+		d := time.Duration(p.Standing.For) / part
+		if d < time.Minute && part > 1 {
+			break
+		}
+		end := store.At(p.Now.Add(d))
+		p.Untils = append(p.Untils, until{end.String(), end.UTC().Format("2 Jan, 15:04 UTC") + " (" + span(store.Duration(d.Truncate(time.Second))) + ")"})
+	}
+}
+
+// closed says why nobody decides a request of that status.
+func closed(s store.Status) string {
+	switch s {
+	case store.StatusApproved, store.StatusIssued, store.StatusClosed, store.StatusFailed:
+		return "It is decided: enough people have approved."
+	case store.StatusDenied:
+		return "It is decided: it was denied."
+	case store.StatusExpired:
+		return "Its time is over. The orchestrator may ask again."
+	case store.StatusWithdrawn:
+		return "The orchestrator has taken it back."
+	case store.StatusVoid:
+		return "What would be granted has changed since it was asked, so it is void."
+	}
+	return "It is not open any more."
+}
+
+func cannot(err error) string {
+	var order *store.OrderError
+	if errors.As(err, &order) && refusals[order.Code] != "" {
+		return refusals[order.Code]
+	}
+	return "It cannot be decided now."
+}
+
+// Problem answers with doc as a page.
+func (h *HTML) Problem(w http.ResponseWriter, r *http.Request, person approvals.Person, doc *problem.Problem) {
+	if doc.Status >= http.StatusInternalServerError {
+		problem.Logger(r.Context()).Error("request failed", zap.String("problem", doc.Slug()), zap.String("method", r.Method), zap.NamedError("because", doc.Unwrap()))
+	}
+	if doc.RetryAfter > 0 {
+		w.Header().Set("Retry-After", fmt.Sprint(int64((doc.RetryAfter+time.Second-1)/time.Second)))
+	}
+	page := struct {
+		frame
+		Heading, Detail, Advice, Instance string
+		Links                             []tab
+	}{frame: h.frame(r, person, "", doc.Title), Heading: doc.Title, Detail: doc.Detail, Instance: problem.RequestID(r.Context())}
+	page.Narrow, page.Events = true, ""
+	page.Links = []tab{{Name: "All approvals", URL: "/approvals"}}
+	if doc.Status >= http.StatusInternalServerError {
+		page.Advice = "Nothing was decided unless its page says so. Look at the request again before you repeat anything."
+	}
+	h.write(w, r, doc.Status, "problem", page)
+}
