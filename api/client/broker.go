@@ -51,7 +51,7 @@ type Credential struct {
 	IssuedAt   time.Time      `json:"issued_at,omitzero"`
 	ExpiresAt  time.Time      `json:"expires_at,omitzero"`
 	ExpiresIn  int64          `json:"expires_in,omitzero"` // seconds
-	Approval   jsontext.Value `json:"approval,omitzero"`
+	Approval   *Approval      `json:"approval,omitzero"` // nil: nobody had to approve
 	Ledger     Place          `json:"ledger"`
 	Receipt    string         `json:"receipt,omitzero"` // C2SP tlog-proof
 
@@ -59,10 +59,32 @@ type Credential struct {
 	Raw jsontext.Value `json:"-"`
 }
 
+// StatusPending is the status of a request that people are to decide.
+const StatusPending = "pending_approval"
+
+// Approval is, while a request waits, whom it waits for, and with a credential
+// which decisions it rests on.
+type Approval struct {
+	ID        string    `json:"id"`
+	URL       string    `json:"url,omitzero"` // where people decide
+	Needs     []Need    `json:"needs,omitzero"`
+	ExpiresAt time.Time `json:"expires_at,omitzero"`
+	Request   string    `json:"request,omitzero"`    // whose decisions they are
+	DecidedBy int       `json:"decided_by,omitzero"` // how many people approved
+}
+
+// Need is how many people of a group must approve, and how many have.
+type Need struct {
+	Group    string `json:"group"`
+	Count    int    `json:"count"`
+	Approved int    `json:"approved"`
+}
+
 // Request is where a request stands.
 type Request struct {
-	Request string `json:"request"`
-	Status  string `json:"status"`
+	Request  string    `json:"request"`
+	Status   string    `json:"status"`
+	Approval *Approval `json:"approval,omitzero"`
 
 	Raw jsontext.Value `json:"-"` // the answer as it came
 }

@@ -24,6 +24,20 @@ func toProblem(err error) error {
 	if errors.As(err, &denied) {
 		return problem.ScopeDenied(strings.Join(denied.Reasons, "; "), denied.Reasons...).With("request", denied.Request)
 	}
+	var ended *broker.NotApproved
+	if errors.As(err, &ended) {
+		make, detail := problem.RequestChanged, "what would be granted, or who must approve it, is no longer what was asked; ask again"
+		switch ended.Status {
+		case store.StatusDenied:
+			make, detail = problem.ApprovalDenied, "a person denied it"
+		case store.StatusExpired:
+			make, detail = problem.ApprovalExpired, "it was not approved, or not collected, in time"
+		}
+		return make(detail).With("request", ended.Request)
+	}
+	if _, weak := store.IsOrder(err, store.OrderWeak); weak {
+		return problem.ScopeDenied("the recorder's catalogue asks for more approval than this broker's").Because(err)
+	}
 	if _, refused := store.IsOrder(err); refused {
 		// The ledger's own words name other requests.
 		return problem.RequestClosed("the ledger does not take this now").Because(err)

@@ -89,7 +89,8 @@ func New(c Config) http.Handler {
 type handlers struct{ Config }
 
 func (a *handlers) who(r *http.Request) broker.Caller {
-	return broker.Caller{Orchestrator: auth.From(r.Context()).Name}
+	p := auth.From(r.Context())
+	return broker.Caller{Orchestrator: p.Name, Owners: p.Owners}
 }
 
 // answer writes what a handler could not do as the problem that it is: the one
@@ -139,9 +140,24 @@ type issued struct {
 	IssuedAt   string             `json:"issued_at"`
 	ExpiresAt  string             `json:"expires_at"`
 	ExpiresIn  int64              `json:"expires_in"` // seconds
-	Approval   *struct{}          `json:"approval"`   // null: nobody had to approve
+	Approval   *approved          `json:"approval"`   // null: nobody had to approve
 	Ledger     place              `json:"ledger"`
 	Receipt    string             `json:"receipt,omitzero"`
+}
+
+// approved says which decisions a credential rests on. Who took them is the
+// record's to say, to those who may read it.
+type approved struct {
+	ID        string `json:"id"`
+	Request   string `json:"request"` // whose decisions they are: an earlier one's of the run, where that was approved for all of it
+	DecidedBy int    `json:"decided_by"`
+}
+
+func approvedOf(a *broker.Approved) *approved {
+	if a == nil {
+		return nil
+	}
+	return &approved{a.ID, a.Request, a.People}
 }
 
 type issuedStep struct {
@@ -163,6 +179,32 @@ type standing struct {
 	Step      string       `json:"step,omitzero"`
 	Scope     string       `json:"scope,omitzero"`
 	ExpiresAt string       `json:"expires_at,omitzero"`
+	Approval  *waiting     `json:"approval,omitzero"`
+}
+
+// waiting says whom a request waits for, and where they decide.
+type waiting struct {
+	ID        string `json:"id"`
+	URL       string `json:"url,omitzero"`
+	Needs     []need `json:"needs"`
+	ExpiresAt string `json:"expires_at"`
+}
+
+type need struct {
+	Group    string `json:"group"`
+	Count    int    `json:"count"`
+	Approved int    `json:"approved"`
+}
+
+func waitingOf(w *broker.Waiting) *waiting {
+	if w == nil {
+		return nil
+	}
+	out := &waiting{ID: w.ID, URL: w.URL, Needs: []need{}, ExpiresAt: stamp(w.Expires)}
+	for _, n := range w.Needs {
+		out.Needs = append(out.Needs, need(n))
+	}
+	return out
 }
 
 func (a *handlers) credential(w http.ResponseWriter, r *http.Request) error {
@@ -207,7 +249,7 @@ func (a *handlers) credential(w http.ResponseWriter, r *http.Request) error {
 	if reply.Credential == nil {
 		w.Header().Set("Location", "/requests/"+reply.Request)
 		w.Header().Set("Retry-After", "1")
-		return send(w, http.StatusAccepted, standing{Request: reply.Request, Status: reply.Status})
+		return send(w, http.StatusAccepted, standing{Request: reply.Request, Status: reply.Status, Approval: waitingOf(reply.Waiting)})
 	}
 	// Also where the write fails: a call that comes after it is a retry.
 	defer reply.Answered()
@@ -216,6 +258,7 @@ func (a *handlers) credential(w http.ResponseWriter, r *http.Request) error {
 		Scope: reply.Scope, Target: reply.Target, Credential: reply.Credential,
 		IssuedAt: stamp(reply.IssuedAt), ExpiresAt: stamp(reply.Expires),
 		ExpiresIn: int64(reply.Expires.Sub(reply.IssuedAt).Round(time.Second) / time.Second),
+		Approval:  approvedOf(reply.Approved),
 		Ledger:    place{reply.Index, reply.LeafHash}, Receipt: reply.Receipt,
 	})
 }
@@ -345,7 +388,7 @@ func (a *handlers) request(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	s := standing{Request: v.Request, Status: v.Status, Run: v.Run, Step: v.Step, Scope: v.Scope}
+	s := standing{Request: v.Request, Status: v.Status, Run: v.Run, Step: v.Step, Scope: v.Scope, Approval: waitingOf(v.Waiting)}
 	if !v.Expires.IsZero() {
 		s.ExpiresAt = stamp(v.Expires)
 	}

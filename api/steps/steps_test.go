@@ -188,8 +188,9 @@ func TestASubjectIsProvedByItsTokenAlone(t *testing.T) {
 
 func TestADeniedScopeSaysWhyAndIsOnRecord(t *testing.T) {
 	w := newWorld(t)
+	w.inForce(`ask: ["*"]`, `ask: ["billing-*"]`)
 	a := w.call("demo", "POST", "/steps/s1/credential", `{"run":"run-1","scope":"vault:demo-write","reason":"OPS-1"}`).want(t, 403, "scope-denied")
-	if d, _ := a.body["detail"].(string); d != "needs approval" {
+	if d, _ := a.body["detail"].(string); d != "not allowed to ask for this scope" {
 		t.Fatalf("%s", a.raw)
 	}
 	if got := w.types(); !slices.Equal(got, []string{"step.requested"}) {

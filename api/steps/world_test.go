@@ -103,9 +103,10 @@ type world struct {
 	logs   *syncBuffer
 	http   *http.Client
 
-	mu   sync.Mutex
-	down bool         // the recorder does not answer
-	mint func() error // before each mint
+	mu        sync.Mutex
+	down      bool         // the recorder does not answer
+	catalogue *scopes.Set  // in force; nil: demo
+	mint      func() error // before each mint
 }
 
 type syncBuffer struct {
@@ -136,19 +137,23 @@ func newWorld(t testing.TB) *world {
 	ok(t, err)
 	t.Cleanup(func() { _ = w.ledger.Close() })
 	iss, err := issuer.New(t.Context(), issuer.Config{Addr: vault.Addr, Login: issuer.Login{Token: login}, TrustDomain: trustDomain, Log: verifier,
-		Scopes: func() *scopes.Set { return demo }, Identity: identity, FirstTTL: 2 * time.Second})
+		Scopes: w.Current, Identity: identity, FirstTTL: 2 * time.Second})
 	ok(t, err)
 	state, err := inflight.Open(inflight.Options{URL: w.redis.URL(), Timeout: 300 * time.Millisecond})
 	ok(t, err)
 	w.broker, err = broker.New(broker.Config{Writer: "broker-1", TrustDomain: trustDomain, Recorder: (*recorder)(w), Issuer: minting{iss, w},
-		Scopes: scopes.Static(demo), Inflight: state, Identity: identity, PrivacyKey: store.PrivacyKey(key), Grace: 2 * time.Second, Tick: 20 * time.Millisecond, Log: log})
+		Scopes: w, PeopleURL: "https://people.test", Inflight: state, Identity: identity, PrivacyKey: store.PrivacyKey(key), Grace: 2 * time.Second, Tick: 20 * time.Millisecond, Log: log})
 	ok(t, err)
 	t.Cleanup(func() { _ = w.broker.Close(); _ = state.Close(); _ = iss.Close() })
 
 	file := filepath.Join(w.dir, "tokens.json")
 	for name, role := range map[string]auth.Role{"demo": auth.Orchestrator, "other": auth.Orchestrator, "orders": auth.ResourceServer,
 		"reviewer-a": auth.Reviewer, "broker-1": auth.Writer, "approver-a": auth.Approver, "responder-a": auth.Responder} {
-		w.tokens[name], err = auth.CreateToken(file, auth.Token{Name: name, Role: role}, time.Now())
+		token := auth.Token{Name: name, Role: role}
+		if name == "demo" {
+			token.Owners = []string{"user:owner"}
+		}
+		w.tokens[name], err = auth.CreateToken(file, token, time.Now())
 		ok(t, err)
 	}
 	tokens, err := auth.OpenTokens(file, time.Now)
@@ -176,6 +181,63 @@ func newWorld(t testing.TB) *world {
 	w.http = &http.Client{Transport: seen.Transport(t, &http.Transport{DisableKeepAlives: true}), Timeout: 20 * time.Second}
 	w.until("ready", func() bool { return w.broker.Ready(t.Context()) == nil })
 	return w
+}
+
+// Current is the catalogue in force.
+func (w *world) Current() *scopes.Set {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.catalogue == nil {
+		return demo
+	}
+	return w.catalogue
+}
+
+// inForce puts the demo catalogue in force with one text replaced everywhere.
+func (w *world) inForce(from, to string) {
+	w.t.Helper()
+	set, err := scopes.Parse("demo.yaml", bytes.ReplaceAll(scopes.Demo(nil), []byte(from), []byte(to)), "", nil)
+	ok(w.t, err)
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.catalogue = set
+}
+
+// recorded appends, as the recorder itself does, an entry about what people were
+// asked.
+func (w *world) recorded(typ store.Type, request, person string, details func(leaf string, d store.ApprovalRequestedDetails) any) {
+	w.t.Helper()
+	for p, err := range w.ledger.Entries(context.Background(), 0, w.ledger.Size()) {
+		ok(w.t, err)
+		e, err := store.ParseLeaf(p.Leaf)
+		ok(w.t, err)
+		if e.Type != store.ApprovalRequested || e.Request != request {
+			continue
+		}
+		d, err := store.DetailsAs[store.ApprovalRequestedDetails](e)
+		ok(w.t, err)
+		s := &store.Submission{Entry: store.Entry{V: store.Version, ID: store.NewID(), Type: typ, WriterTime: store.At(time.Now()), Agent: "spiffe://countersign.test/recorder",
+			Orchestrator: e.Orchestrator, Run: e.Run, Step: e.Step, Request: e.Request, Resource: e.Resource, Action: e.Action}}
+		if person != "" {
+			s.Person = store.Ptr(store.PrivacyKey(key).Pseudonym("user:" + person))
+			s.Seal(store.SealedReason, "looked at it")
+		}
+		s.SetDetails(details(store.HashText(store.LeafHash(p.Leaf)), d))
+		line, err := s.Marshal()
+		ok(w.t, err)
+		_, err = w.ledger.Append(context.Background(), ledger.Author{Name: "recorder", Recorder: true}, [][]byte{line})
+		ok(w.t, err)
+		return
+	}
+	w.t.Fatalf("nobody was asked about %s", request)
+}
+
+// decide is a decision of one of dba.
+func (w *world) decide(request, person, decision string) {
+	w.t.Helper()
+	w.recorded(store.ApprovalDecided, request, person, func(leaf string, d store.ApprovalRequestedDetails) any {
+		return store.DecidedDetails{Approval: d.Approval, Requested: leaf, Decision: decision, Groups: []string{"dba"}, Via: "page"}
+	})
 }
 
 // recorder hands entries to the ledger in this process, unless it is down.
