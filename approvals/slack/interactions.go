@@ -6,6 +6,7 @@ import (
 	stdjson "encoding/json"
 	"errors"
 	"fmt"
+	"html"
 	"io"
 	"mime"
 	"net"
@@ -353,7 +354,7 @@ func (s *Slack) userName(ctx context.Context, c *callback) string {
 		name = strings.TrimSpace(u.RealName + " @" + u.Name)
 	}
 	text, _ := join(escape(name), maxHeader)
-	return text
+	return html.UnescapeString(text) // the page escapes it in its own way
 }
 
 // open shows a modal, after the callback is answered: Slack takes the trigger

@@ -250,7 +250,7 @@ func (s *Slack) call(method string, form url.Values, doc map[string]any, body []
 	case "users.info":
 		return map[string]any{"ok": true, "user": map[string]any{"id": form.Get("user"), "team_id": Team, "name": strings.ToLower(form.Get("user")), "real_name": "Real " + form.Get("user")}}
 	case "chat.postMessage", "chat.postEphemeral", "chat.update":
-		if code := checkBlocks(form.Get("blocks"), 50); code != "" {
+		if code := CheckBlocks(form.Get("blocks"), 50); code != "" {
 			return fail(code)
 		}
 		if len(utf16.Encode([]rune(form.Get("text")))) > 4000 {
@@ -290,7 +290,7 @@ func (s *Slack) call(method string, form url.Values, doc map[string]any, body []
 		view, _ := doc["view"].(map[string]any)
 		raw, _ := json.Marshal(view)
 		blocks, _ := json.Marshal(view["blocks"])
-		if code := checkBlocks(string(blocks), 100); code != "" {
+		if code := CheckBlocks(string(blocks), 100); code != "" {
 			return fail(code)
 		}
 		trigger, _ := doc["trigger_id"].(string)
@@ -336,8 +336,9 @@ func (s *Slack) history(form url.Values) map[string]any {
 	return map[string]any{"ok": true, "messages": append([]map[string]any{}, all[from:to]...), "has_more": next != "", "response_metadata": map[string]any{"next_cursor": next}}
 }
 
-// checkBlocks is what Slack refuses (Block Kit reference).
-func checkBlocks(raw string, most int) string {
+// CheckBlocks returns the error code with which Slack refuses blocks, of which it
+// takes most; empty where it takes them. It is what Slack refuses (Block Kit reference).
+func CheckBlocks(raw string, most int) string {
 	var blocks []any
 	if err := json.Unmarshal([]byte(raw), &blocks); err != nil {
 		return "invalid_blocks_format"
