@@ -13,11 +13,11 @@ import (
 	"github.com/countersign-dev/countersign/api/problem"
 )
 
-// body limits a request's body in bytes and in time. The time is a deadline on
+// Limit limits a request's body in bytes and in time. The time is a deadline on
 // the connection, taken away once the body is read to its end: net/http reads
 // on in the background to learn that the caller is gone, and a deadline that
 // passes there ends the request's context.
-func body(limit int64) func(http.Handler) http.Handler {
+func Limit(limit int64) func(http.Handler) http.Handler {
 	return func(next http.Handler) http.Handler {
 		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			if r.Body != nil && r.Body != http.NoBody && r.ContentLength != 0 {

@@ -45,7 +45,7 @@ const (
 func NewRouter(log *zap.Logger, maxBody int64) *chi.Mux {
 	r := chi.NewRouter()
 	// HEAD is GET without its body (RFC 9110, section 9.3.2); net/http drops it.
-	r.Use(arrive, identify(log), secure, recoverPanic, body(maxBody), middleware.GetHead)
+	r.Use(arrive, identify(log), secure, recoverPanic, Limit(maxBody), middleware.GetHead)
 	notFound := func(w http.ResponseWriter, r *http.Request) {
 		problem.Write(w, r, problem.NotFound("no such path"))
 	}

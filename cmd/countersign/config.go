@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
@@ -54,6 +55,8 @@ type recordConfig struct {
 	CheckNewest int64         `yaml:"check_newest"` // how many of the newest entries are hashed again before it starts
 	Recheck     time.Duration `yaml:"recheck"`      // pause between background passes over the whole log
 	Drain       time.Duration `yaml:"drain"`
+
+	Approval *approvalConfig `yaml:"approval"` // none: nobody is asked for an approval
 }
 
 type listenConfig struct {
@@ -66,6 +69,7 @@ type listenConfig struct {
 
 type recorderConfig struct {
 	URL      string `yaml:"url"`
+	Page     string `yaml:"page"`   // where people approve, as their browsers reach it; url by default
 	Writer   string `yaml:"writer"` // this broker's name at the recorder
 	Token    string `yaml:"token_file"`
 	Cert     string `yaml:"cert"` // client certificate instead of a token
@@ -145,7 +149,7 @@ func (c *serveConfig) check() error {
 	case (c.Redis.URL == "") == !c.Redis.Embedded:
 		return errors.New("redis: set either url_file (several brokers share one) or embedded: true (a single broker)")
 	}
-	for _, kv := range [][2]string{{"recorder.url", c.Recorder.URL}, {"vault.addr", c.Vault.Addr}} {
+	for _, kv := range [][2]string{{"recorder.url", c.Recorder.URL}, {"recorder.page", cmp.Or(c.Recorder.Page, c.Recorder.URL)}, {"vault.addr", c.Vault.Addr}} {
 		if err := secureURL(kv[1]); err != nil {
 			return fmt.Errorf("%s: %w", kv[0], err)
 		}
@@ -159,6 +163,11 @@ func (c *recordConfig) check() error {
 	}
 	if c.CheckNewest < 0 || c.Recheck < 0 {
 		return errors.New("check_newest and recheck are not negative: no recorder runs without its checks")
+	}
+	if c.Approval != nil {
+		if err := c.Approval.check(); err != nil {
+			return err
+		}
 	}
 	return due([][2]string{{"dir", c.Dir}, {"log_key", c.LogKey}, {"privacy_key", c.PrivacyKey}, {"tokens", c.Tokens}})
 }

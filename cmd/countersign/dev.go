@@ -154,13 +154,6 @@ func runDev(ctx context.Context, f devFlags) error {
 	}
 	r := files.ready
 
-	// The recorder comes first: on an altered ledger nothing else may start.
-	people, err := openPeople(ctx, files.people(log.Named("recorder")))
-	if err != nil {
-		return err
-	}
-	defer people.close()
-
 	listeners, err := listenDev(f.addr)
 	if err != nil {
 		return err
@@ -178,6 +171,17 @@ func runDev(ctx context.Context, f devFlags) error {
 	if err != nil {
 		return err
 	}
+	// The recorder comes first: on an altered ledger nothing else may start.
+	o := files.people(log.Named("recorder"))
+	if o.approval, err = devApproval(f.dir, r.Recorder, set); err != nil {
+		return err
+	}
+	people, err := openPeople(ctx, o)
+	if err != nil {
+		return err
+	}
+	defer people.close()
+
 	vault, stopVault, err := openDevVault(ctx, f, set, r.LogKey, log)
 	if err != nil {
 		return err
@@ -185,7 +189,7 @@ func runDev(ctx context.Context, f devFlags) error {
 	defer stopVault()
 	r.Vault.Addr, r.Vault.Token = vault.addr, vault.token
 
-	m, err := openDevBroker(ctx, files, people, r.API, vault, set, log.Named("broker"))
+	m, err := openDevBroker(ctx, files, people, r.API, r.Recorder, vault, set, log.Named("broker"))
 	if err != nil {
 		return err
 	}
@@ -434,7 +438,7 @@ func openDevVault(ctx context.Context, f devFlags, set *scopes.InForce, logKey s
 // openDevBroker opens the machines' side over the people's side of the same
 // process. Between them are the same proofs and the same checks as between two
 // hosts, and no network.
-func openDevBroker(ctx context.Context, f *devFiles, p *people, api string, v devVault, set *scopes.InForce, log *zap.Logger) (*machines, error) {
+func openDevBroker(ctx context.Context, f *devFiles, p *people, api, page string, v devVault, set *scopes.InForce, log *zap.Logger) (*machines, error) {
 	recorder, err := client.NewRecorder(client.RecorderConfig{
 		Local: record.Local{Ledger: p.ledger, Name: devWriter},
 		Log:   f.logKey, HeadFile: filepath.Join(f.dir, "broker-head"), Writer: devWriter, Logger: log.Named("recorder-client"),
@@ -443,7 +447,7 @@ func openDevBroker(ctx context.Context, f *devFiles, p *people, api string, v de
 		return nil, err
 	}
 	o := &machinesOptions{
-		writer: devWriter, trustDomain: devTrustDomain, publicURL: api, identityKey: f.identity,
+		writer: devWriter, trustDomain: devTrustDomain, publicURL: api, peopleURL: page, identityKey: f.identity,
 		privacyKey: f.privacyKey, scopes: set, logKey: f.logKey, recorder: recorder, tokens: f.tokens, log: log,
 	}
 	if v.addr != "" {

@@ -1,16 +1,28 @@
 package main
 
 import (
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"encoding/pem"
 	"errors"
 	"fmt"
+	"maps"
+	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/go-json-experiment/json"
 	"github.com/go-json-experiment/json/jsontext"
 
 	"github.com/countersign-dev/countersign/api/auth"
+	"github.com/countersign-dev/countersign/api/auth/oidcdev"
+	"github.com/countersign-dev/countersign/scopes"
 )
 
 // ready is the ready file of `countersign dev`, as the outer contract has it.
@@ -91,6 +103,84 @@ var devGroups = map[string][]string{
 	"approver-a": {"dba"},
 	"approver-b": {"dba", "sre"},
 	"approver-c": {"sre"},
+}
+
+// The groups by which dev's people are reviewers and responders.
+const (
+	devReviewers  = "reviewers"
+	devResponders = "responders"
+)
+
+// devApproval is how dev's people log in and decide: at an OpenID provider that
+// dev serves itself, where a click says who one is, and with the tokens of the
+// ready file.
+func devApproval(dir, recorder string, set *scopes.InForce) (*approvalOptions, error) {
+	const client, under = "countersign", "/dev/oidc"
+	key, err := devProviderKey(filepath.Join(dir, "provider.key"))
+	if err != nil {
+		return nil, err
+	}
+	var users []oidcdev.User
+	for _, name := range slices.Sorted(maps.Keys(devGroups)) {
+		users = append(users, oidcdev.User{Name: name, Groups: devGroups[name], Email: name + "@" + devTrustDomain})
+	}
+	users = append(users, oidcdev.User{Name: "reviewer-a", Groups: []string{devReviewers}},
+		oidcdev.User{Name: "responder-a", Groups: []string{devResponders}}, oidcdev.User{Name: "responder-b", Groups: []string{devResponders}})
+	provider, err := oidcdev.New(oidcdev.Options{
+		Issuer: recorder + under, ClientID: client, RedirectURIs: []string{recorder + "/login/callback"}, Users: users, Key: key,
+	})
+	if err != nil {
+		return nil, err
+	}
+	return &approvalOptions{
+		baseURL: recorder, scopes: set, tokens: true,
+		login: auth.PeopleConfig{
+			Issuer: recorder + under, ClientID: client, BaseURL: recorder,
+			Roles: map[auth.Role][]string{auth.Reviewer: {devReviewers}, auth.Responder: {devResponders}},
+		},
+		provider: func(next http.Handler) http.Handler {
+			h := provider.Handler()
+			return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				if strings.HasPrefix(r.URL.Path, under+"/") {
+					h.ServeHTTP(w, r)
+					return
+				}
+				next.ServeHTTP(w, r)
+			})
+		},
+	}, nil
+}
+
+// devProviderKey is the key of dev's OpenID provider, kept so that the
+// enrolments it vouched for can still be checked after a restart.
+func devProviderKey(path string) (crypto.Signer, error) {
+	if err := keep(path, func() (string, error) {
+		key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+		if err != nil {
+			return "", err
+		}
+		der, err := x509.MarshalPKCS8PrivateKey(key)
+		return string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der})), err
+	}); err != nil {
+		return nil, err
+	}
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	block, _ := pem.Decode(b)
+	if block == nil {
+		return nil, fmt.Errorf("%s holds no PEM key", path)
+	}
+	key, err := x509.ParsePKCS8PrivateKey(block.Bytes)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	signer, ok := key.(crypto.Signer)
+	if !ok {
+		return nil, fmt.Errorf("%s holds no signing key", path)
+	}
+	return signer, nil
 }
 
 // write puts r in place by rename, so that whoever waits for the file reads it

@@ -71,7 +71,15 @@ func runRecord(ctx context.Context, c *recordConfig, log *zap.Logger) error {
 	}
 	log.Info("recording", zap.Stringer("addr", l.Addr()), zap.Bool("tls", tls != nil),
 		zap.String("log", o.ledger.Signer.Name()), zap.Int64("entries", p.ledger.Size()), zap.String("version", buildVersion()))
-	stop := onHangup(func() { log.Info("nothing to reload: token files are read again whenever they change") })
+	stop := onHangup(func() {
+		if o.approval == nil {
+			log.Info("nothing to reload: token files are read again whenever they change")
+		} else if err := o.approval.scopes.Reload(); err != nil {
+			log.Error("not reloaded, the old stays in force", zap.String("what", "catalogue and policy"), zap.Error(err))
+		} else {
+			log.Info("reloaded", zap.String("what", "catalogue and policy"))
+		}
+	})
 	defer stop()
 	return p.serve(ctx, l, tls, c.Drain)
 }
@@ -95,6 +103,11 @@ func (c *recordConfig) options(log *zap.Logger) (*peopleOptions, error) {
 		return nil, fmt.Errorf("tokens: %w", err)
 	}
 	o.tokenFile = c.Tokens
+	if c.Approval != nil {
+		if o.approval, err = c.Approval.options(); err != nil {
+			return nil, err
+		}
+	}
 	if o.trustDomain == "" {
 		// A log is named by a URL without scheme: its host is the house's own.
 		o.trustDomain, _, _ = strings.Cut(strings.ToLower(o.ledger.Signer.Name()), "/")
@@ -109,33 +122,50 @@ type peopleOptions struct {
 	tokens      *auth.Tokens
 	tokenFile   string // the file of tokens, to say which writers there are
 	certs       auth.Certs
-	public      bool // checkpoint and hash tiles are for anyone
+	public      bool             // checkpoint and hash tiles are for anyone
+	approval    *approvalOptions // nil: nobody is asked for an approval
 	log         *zap.Logger
 }
 
+// recorderName is by what the recorder's own entries are on record.
+const recorderName = "recorder"
+
 // people is the people's side: the ledger and the APIs over it.
 type people struct {
-	ledger   *ledger.Ledger
-	refusals *auth.Refusals
-	writers  *record.Server
-	handler  http.Handler
-	log      *zap.Logger
+	ledger    *ledger.Ledger
+	refusals  *auth.Refusals
+	writers   *record.Server
+	decisions *decisions // nil: nobody is asked for an approval
+	handler   http.Handler
+	log       *zap.Logger
 }
 
 func openPeople(ctx context.Context, o *peopleOptions) (*people, error) {
+	o.ledger.Gate = o.approval.gate(o.ledger.PrivacyKey)
 	l, err := ledger.Open(ctx, o.ledger)
 	if err != nil {
 		return nil, err
 	}
-	self := record.Self{Ledger: l, Name: "recorder", TrustDomain: o.trustDomain}
+	self := record.Self{Ledger: l, Name: recorderName, TrustDomain: o.trustDomain}
 	p := &people{ledger: l, log: o.log, refusals: auth.NewRefusals(o.trustDomain, o.log.Named("auth"), self.Record)}
 	if err := self.Announce(ctx, writers(o)); err != nil {
 		p.close()
 		return nil, err
 	}
 	guard := &auth.Guard{Tokens: o.tokens, Certs: o.certs, Refusals: p.refusals}
-	p.writers = record.New(l, guard)
 	r := server.NewRouter(o.log.Named("api"), record.MaxBody)
+	if o.approval != nil {
+		if p.decisions, err = openDecisions(ctx, o, p); err != nil {
+			p.close()
+			return nil, err
+		}
+		if o.approval.provider != nil {
+			r.Use(o.approval.provider)
+		}
+		p.decisions.routes(r)
+		guard.People = p.decisions.login
+	}
+	p.writers = record.New(l, guard)
 	p.writers.Routes(r)
 	review.New(l, guard, o.public).Routes(r)
 	r.Get("/healthz", ok)
@@ -184,13 +214,17 @@ func (p *people) serve(ctx context.Context, l net.Listener, t *tls.Config, drain
 		case <-ctx.Done():
 		}
 	}()
-	stop := context.AfterFunc(ctx, p.writers.Drain)
+	stop := context.AfterFunc(ctx, func() {
+		p.writers.Drain()
+		p.decisions.drain()
+	})
 	defer stop()
 	err := server.Serve(ctx, l, server.Config{Handler: p.handler, TLS: t, Log: p.log, Drain: drain})
 	return errors.Join(p.ledger.Err(), err)
 }
 
 func (p *people) close() {
+	p.decisions.close(p.log)
 	p.refusals.Close()
 	if err := p.ledger.Close(); err != nil {
 		p.log.Error("the ledger did not close cleanly", zap.Error(err))

@@ -97,7 +97,7 @@ func run(ctx context.Context, dir, binary string) error {
 	say("Vault     %s", dev.Vault.Addr)
 
 	d := &demo{dev: dev, binary: binary, dir: dir}
-	for _, part := range []func(context.Context) error{d.database, d.vaultToken, d.identity, d.denied, d.record} {
+	for _, part := range []func(context.Context) error{d.database, d.vaultToken, d.identity, d.approval, d.denied, d.record} {
 		if err := part(ctx); err != nil {
 			return err
 		}
@@ -247,7 +247,7 @@ func (d *demo) denied(ctx context.Context) error {
 	for _, try := range []struct{ what, method, url, body, slug string }{
 		{"a scope that nobody has", "POST", d.dev.API + "/steps/s1/credential", `{"run":"run-42","scope":"orders-db:drop"}`, "unknown-scope"},
 		{"a longer life than the scope gives", "POST", d.dev.API + "/steps/s1/credential", `{"run":"run-42","scope":"vault:demo-read","ttl":"24h"}`, "ttl-too-long"},
-		{"a scope that needs a person's approval", "POST", d.dev.API + "/steps/s1/credential", `{"run":"run-42","scope":"vault:demo-admin","reason":"because"}`, "scope-denied"},
+		{"a sensitive scope without a reason", "POST", d.dev.API + "/steps/s1/credential", `{"run":"run-42","scope":"vault:demo-admin"}`, "reason-required"},
 		{"the ledger, with the orchestrator's token", "GET", d.dev.Recorder + "/history", "", ""},
 	} {
 		var p problem

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"os"
@@ -131,6 +132,7 @@ type dev struct {
 	} `json:"vault"`
 	LogKey        string  `json:"log_key"`
 	Orchestrators []named `json:"orchestrators"`
+	Approvers     []named `json:"approvers"`
 	Reviewers     []named `json:"reviewers"`
 
 	stop func()
@@ -188,7 +190,7 @@ func (d *dev) call(ctx context.Context, method, path, body string, into any) err
 	return d.do(ctx, method, d.API+path, body, into)
 }
 
-func (d *dev) do(ctx context.Context, method, url, body string, into any) error {
+func (d *dev) do(ctx context.Context, method, url, body string, into any, headers ...http.Header) error {
 	req, err := http.NewRequestWithContext(ctx, method, url, strings.NewReader(body))
 	if err != nil {
 		return err
@@ -196,6 +198,9 @@ func (d *dev) do(ctx context.Context, method, url, body string, into any) error 
 	req.Header.Set("Authorization", "Bearer "+d.Orchestrators[0].Token)
 	if body != "" {
 		req.Header.Set("Content-Type", "application/json")
+	}
+	for _, h := range headers {
+		maps.Copy(req.Header, h)
 	}
 	res, err := http.DefaultClient.Do(req)
 	if err != nil {
