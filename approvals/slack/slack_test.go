@@ -54,6 +54,7 @@ func TestExpiryAndWithdrawalAreShown(t *testing.T) {
 	w.message(gone, "Approval asked")
 	s := &store.Submission{Entry: store.Entry{V: store.Version, ID: store.NewID(), Type: store.RequestWithdrawn, WriterTime: store.At(w.now()), Agent: gone.Agent,
 		Orchestrator: "demo", Run: "run-1", Step: "step-1", Request: gone.Request, Resource: gone.Target, Action: gone.Scope, Cause: store.Ptr("no longer needed")}}
+	s.SetDetails(struct{}{})
 	if _, err := w.ledger.Append(t.Context(), ledger.Author{Name: "broker-1"}, [][]byte{must(s.Marshal())}); err != nil {
 		t.Fatal(err)
 	}
