@@ -31,8 +31,25 @@ type askFlags struct {
 	key               string // Idempotency-Key
 	wait              time.Duration
 
-	unanswered bool // a call was made, and no answer to it was read
+	unanswered bool   // a call was made, and no answer to it was read
+	pending    string // the request that people are still to decide
 }
+
+// Exit codes of request and run where the broker gave no credential, as in
+// sysexits(3), so that they are not taken for those of a command.
+const (
+	exitPending = 75 // EX_TEMPFAIL: not decided, or being minted for another call; the same call joins it
+	exitRefused = 77 // EX_NOPERM: denied by policy or people, expired, or changed since it was asked
+)
+
+const exitCodesHelp = `
+Where people must approve, it says on standard error who and where, and waits
+for them for as long as --wait says. Exit status 75: not decided by then, and
+the same command joins the request; 77: denied by policy or by a person,
+expired, or no longer what was asked; 1: anything else.`
+
+// longestWait is what the broker lets one call wait (Prefer: wait).
+const longestWait = 5 * time.Minute
 
 func (f *askFlags) add(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&f.addr, "addr", "", "the broker's URL ($COUNTERSIGN_ADDR)")
@@ -48,7 +65,7 @@ func (f *askFlags) add(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&f.publicKey, "public-key", "", "file with the step's own public key, where the scope certifies it")
 	cmd.Flags().StringArrayVar(&f.params, "param", nil, "a param of the scope, as NAME=VALUE; may be repeated")
 	cmd.Flags().StringVar(&f.key, "idempotency-key", "", "makes the request idempotent under this key")
-	cmd.Flags().DurationVar(&f.wait, "wait", 0, "how long to wait for a request that is under way, at most 5m")
+	cmd.Flags().DurationVar(&f.wait, "wait", 0, "how long to wait for people, or for a request that is under way")
 	for _, name := range []string{"scope", "step", "run"} {
 		_ = cmd.MarkFlagRequired(name)
 	}
@@ -90,29 +107,63 @@ func (f *askFlags) request(ctx context.Context, b *client.Broker) (*client.Crede
 		}
 		ask.Params[name] = paramValue(value)
 	}
-	if f.wait < 0 || f.wait > 5*time.Minute {
-		return nil, errors.New("--wait: at most 5m")
+	if f.wait < 0 {
+		return nil, errors.New("--wait: a duration such as 10m")
 	}
 	until := time.Now().Add(f.wait)
-	for {
+	// The first call does not wait, so that its answer can say who is to approve.
+	for wait := time.Duration(0); ; wait = min(time.Until(until), longestWait) {
 		f.unanswered = true
-		c, err := b.Credential(ctx, f.step, ask, f.key, max(0, time.Until(until)))
+		began := time.Now()
+		c, err := b.Credential(ctx, f.step, ask, f.key, wait)
 		if err != nil {
+			var p *problem.Problem
+			if errors.As(err, &p) && slices.Contains([]string{problem.SlugScopeDenied, problem.SlugApprovalDenied, problem.SlugApprovalExpired, problem.SlugRequestChanged}, p.Slug()) {
+				f.pending = ""
+				return nil, &exitError{exitRefused, err}
+			}
 			return nil, hint(err, "the broker", "COUNTERSIGN_ADDR")
 		}
 		f.unanswered = false
 		if len(c.Credential) > 0 {
+			f.pending = ""
 			return c, nil
 		}
+		if c.Status == client.StatusPending && f.pending != c.Request {
+			f.pending = c.Request
+			fmt.Fprintln(os.Stderr, "countersign: "+waitsFor(c))
+		}
 		if time.Until(until) <= 0 {
-			return nil, fmt.Errorf("request %s is %s: ask again with the same flags to join it, or add --wait", c.Request, c.Status)
+			return nil, &exitError{exitPending, fmt.Errorf("request %s is %s: ask again with the same flags to join it, or add --wait", c.Request, c.Status)}
+		}
+		if wait > 0 && time.Since(began) >= time.Second {
+			continue // it was waited for
 		}
 		select {
 		case <-ctx.Done():
 			return nil, ctx.Err()
-		case <-time.After(time.Second): // what Retry-After says
+		case <-time.After(min(time.Second, time.Until(until))): // what Retry-After says
 		}
 	}
+}
+
+// waitsFor says who is to approve a request, and where.
+func waitsFor(c *client.Credential) string {
+	s := "request " + c.Request + " waits for approval"
+	if c.Approval == nil {
+		return s
+	}
+	var who []string
+	for _, n := range c.Approval.Needs {
+		if left := n.Count - n.Approved; left > 0 {
+			who = append(who, fmt.Sprintf("%d of group %s", left, n.Group))
+		}
+	}
+	s += " by " + strings.Join(who, " and ")
+	if c.Approval.URL != "" {
+		s += " at " + c.Approval.URL
+	}
+	return s + ", until " + c.Approval.ExpiresAt.UTC().Format(time.RFC3339)
 }
 
 // paramValue is a param as JSON has it: a whole number, a boolean, or else a
@@ -152,9 +203,11 @@ func requestCommand() *cobra.Command {
 		Long: `Ask for a step's credential and print it: as JSON, exactly as the broker
 answered, or as shell assignments (-o env), for eval. It lives until it expires
 or ` + "`countersign revoke --run R --step S`" + ` ends it; ` + "`countersign run`" + ` does
-both around a command.`,
+both around a command.
+` + exitCodesHelp,
 		Example: `  countersign request --scope orders-db:read --run run-42 --step reconcile --ttl 5m
-  eval "$(countersign request --scope vault:demo-read --run run-42 --step s1 -o env)"`,
+  eval "$(countersign request --scope vault:demo-read --run run-42 --step s1 -o env)"
+  countersign request --scope vault:demo-write --run run-42 --step s2 --reason OPS-1234 --wait 30m`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			b, err := f.broker()

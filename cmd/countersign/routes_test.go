@@ -85,7 +85,7 @@ func newPlainHouse(t *testing.T) *plainHouse {
 	t.Cleanup(h.people.close)
 	set, err := devScopes(dir, "")
 	must(t, err)
-	h.machines, err = openDevBroker(t.Context(), files, h.people, "http://broker.example", devVault{}, set, zap.NewNop())
+	h.machines, err = openDevBroker(t.Context(), files, h.people, "http://broker.example", "http://recorder.example", devVault{}, set, zap.NewNop())
 	must(t, err)
 	t.Cleanup(h.machines.close)
 	eventually(t, "the broker is ready", func() bool {

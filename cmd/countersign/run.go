@@ -35,7 +35,9 @@ exit status is the command's.
 The environment holds COUNTERSIGN_CREDENTIAL_<MEMBER> for each member of the
 credential, COUNTERSIGN_REQUEST, _RUN, _STEP, _SCOPE, _IDENTITY, _EXPIRES_AT,
 and, by kind, VAULT_TOKEN and VAULT_ADDR, or PGHOST, PGPORT, PGDATABASE,
-PGUSER and PGPASSWORD. COUNTERSIGN_TOKEN, the orchestrator's own, is taken out.`,
+PGUSER and PGPASSWORD. COUNTERSIGN_TOKEN, the orchestrator's own, is taken out.
+` + exitCodesHelp + `
+Stopped by a signal while it waits, it takes the request back.`,
 		Example: `  countersign run --scope orders-db:read --run run-42 --step reconcile -- psql -c 'SELECT count(*) FROM orders'`,
 		Args: func(cmd *cobra.Command, args []string) error {
 			if len(args) == 0 {
@@ -54,7 +56,10 @@ PGUSER and PGPASSWORD. COUNTERSIGN_TOKEN, the orchestrator's own, is taken out.`
 			}
 			c, err := ask.request(cmd.Context(), broker)
 			if err != nil {
-				return errors.Join(err, ask.abandon(cmd.Context(), broker, err))
+				if left := ask.abandon(cmd.Context(), broker, err); left != nil {
+					complain(left)
+				}
+				return err
 			}
 			env, err := credentialEnv(ask.step, c)
 			code := 1
@@ -88,9 +93,17 @@ PGUSER and PGPASSWORD. COUNTERSIGN_TOKEN, the orchestrator's own, is taken out.`
 }
 
 // abandon ends what a request may have come to whose answer never came: it was
-// not waited for, or the connection broke.
+// not waited for, or the connection broke. What people have not decided it takes
+// back, where this was stopped by a signal; else the same command joins it.
 func (f *askFlags) abandon(ctx context.Context, b *client.Broker, cause error) error {
 	var answer *problem.Problem
+	if f.pending != "" && ctx.Err() != nil {
+		stopped, cancel := context.WithTimeout(context.WithoutCancel(ctx), closeWithin)
+		defer cancel()
+		if _, err := b.Withdraw(stopped, f.pending); err != nil && !errors.As(err, &answer) {
+			return fmt.Errorf("request %s could not be taken back: %w", f.pending, err)
+		}
+	}
 	if !f.unanswered || errors.As(cause, &answer) || errors.Is(cause, syscall.ECONNREFUSED) {
 		return nil // nothing is out
 	}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"fmt"
@@ -84,7 +85,7 @@ func serve(ctx context.Context, c *serveConfig, log *zap.Logger) error {
 func (c *serveConfig) options(log *zap.Logger) (*machinesOptions, error) {
 	o := &machinesOptions{
 		writer: c.Recorder.Writer, trustDomain: c.TrustDomain, publicURL: strings.TrimSuffix(c.PublicURL, "/"),
-		identityKey: c.IdentityKey, identityLead: c.IdentityLead,
+		identityKey: c.IdentityKey, identityLead: c.IdentityLead, peopleURL: cmp.Or(c.Recorder.Page, c.Recorder.URL),
 		vault:    issuer.Config{Addr: c.Vault.Addr, Namespace: c.Vault.Namespace, CA: c.Vault.CA, Login: issuer.Login{TokenFile: c.Vault.Token}},
 		firstTTL: c.FirstTTL, log: log,
 	}
@@ -157,6 +158,7 @@ func (c *recorderConfig) client(logKey *store.LogVerifier, log *zap.Logger) (*cl
 // machinesOptions are what one broker process is made of.
 type machinesOptions struct {
 	writer, trustDomain, publicURL string
+	peopleURL                      string // where people approve: base of the recorder's pages
 	identityKey                    string // file
 	identityLead                   time.Duration
 	privacyKey                     store.PrivacyKey
@@ -207,7 +209,7 @@ func openMachines(ctx context.Context, o *machinesOptions) (_ *machines, err err
 	}
 	m.broker, err = broker.New(broker.Config{
 		Writer: o.writer, TrustDomain: o.trustDomain, Recorder: o.recorder, Issuer: m.issuer, Scopes: o.scopes,
-		Inflight: m.inflight, Identity: m.identity, PrivacyKey: o.privacyKey, Grace: o.firstTTL, Log: o.log.Named("broker"),
+		Inflight: m.inflight, Identity: m.identity, PeopleURL: o.peopleURL, PrivacyKey: o.privacyKey, Grace: o.firstTTL, Log: o.log.Named("broker"),
 	})
 	if err != nil {
 		return nil, err
