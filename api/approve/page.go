@@ -46,7 +46,7 @@ type Judge interface {
 	May(r *approvals.Request, p approvals.Person, d approvals.Decision) error
 	// Before says what came before r.
 	Before(ctx context.Context, r *approvals.Request) (*approvals.Context, error)
-	// Passkeys lists of's keys.
+	// Passkeys lists the keys of of.
 	Passkeys(ctx context.Context, of *approvals.Person) ([]approvals.Passkey, error)
 }
 
@@ -63,6 +63,9 @@ type HTMLConfig struct {
 	// ActivateAfter is when a passkey is active by itself; zero: a second person
 	// activates it.
 	ActivateAfter time.Duration
+	// PasskeyAdmins are the groups whose members revoke others' passkeys. Where
+	// there are any, only they activate them.
+	PasskeyAdmins []string
 	// Slack links people's Slack accounts; nil: there is no Slack.
 	Slack SlackAccounts
 	Now   func() time.Time // time.Now where nil
@@ -388,9 +391,9 @@ func wrong(doc *problem.Problem, err error) string {
 		return refusals[order.Code]
 	}
 	if doc.Detail != "" {
-		return doc.Detail
+		return sentence(doc.Detail)
 	}
-	return doc.Title
+	return sentence(doc.Title)
 }
 
 // request makes the page of req as person sees it.
@@ -450,7 +453,7 @@ func (h *HTML) mayDecide(r *http.Request, person approvals.Person, p *requestPag
 	if err != nil {
 		return fmt.Errorf("reading the passkeys: %w", err)
 	}
-	p.HasKey = slices.ContainsFunc(keys, func(k approvals.Passkey) bool { return k.Person == person.Name && k.Active && k.Revoked.IsZero() })
+	p.HasKey = slices.ContainsFunc(keys, func(k approvals.Passkey) bool { return k.Active && k.Revoked.IsZero() })
 	switch {
 	case !p.Pending:
 		p.WhyNot = closed(p.R.Status)
@@ -532,7 +535,7 @@ func (h *HTML) Problem(w http.ResponseWriter, r *http.Request, person approvals.
 		frame
 		Heading, Detail, Advice, Instance string
 		Links                             []tab
-	}{frame: h.frame(r, person, "", doc.Title), Heading: doc.Title, Detail: doc.Detail, Instance: problem.RequestID(r.Context())}
+	}{frame: h.frame(r, person, "", doc.Title), Heading: doc.Title, Detail: sentence(doc.Detail), Instance: problem.RequestID(r.Context())}
 	page.Narrow, page.Events = true, ""
 	page.Links = []tab{{Name: "All approvals", URL: "/approvals"}}
 	if doc.Status >= http.StatusInternalServerError {

@@ -1,7 +1,9 @@
 package approve
 
 import (
+	"fmt"
 	"net/http"
+	"slices"
 	"time"
 
 	"github.com/countersign-dev/countersign/api/problem"
@@ -12,7 +14,8 @@ import (
 // key is a passkey on its page.
 type key struct {
 	approvals.Passkey
-	CanRevoke bool
+	CanRevoke, CanActivate bool
+	CSRF                   string
 }
 
 // passkeysPage is the page of passkeys.
@@ -30,32 +33,46 @@ type passkeysPage struct {
 
 // Passkeys implements Pages.
 func (h *HTML) Passkeys(w http.ResponseWriter, r *http.Request, person approvals.Person, keys []approvals.Passkey) {
-	h.write(w, r, http.StatusOK, "passkeys", h.passkeys(r, person, keys))
+	p, err := h.passkeys(r, person, keys)
+	if err != nil {
+		h.Problem(w, r, person, problem.From(err))
+		return
+	}
+	h.write(w, r, http.StatusOK, "passkeys", p)
 }
 
-func (h *HTML) passkeys(r *http.Request, person approvals.Person, keys []approvals.Passkey) *passkeysPage {
+func (h *HTML) passkeys(r *http.Request, person approvals.Person, keys []approvals.Passkey) (*passkeysPage, error) {
 	p := &passkeysPage{frame: h.frame(r, person, "passkeys", "Passkeys"), Enrol: h.c.Enrol, Version: version(keys),
 		Activation: "A second person then activates it; until then it signs nothing."}
 	p.Narrow = true
 	if h.c.ActivateAfter > 0 {
 		p.Activation = "It signs once a second person has activated it, or " + span(store.Duration(h.c.ActivateAfter.Truncate(time.Second))) + " after it was enrolled."
 	}
+	own, err := h.c.Judge.Passkeys(r.Context(), &person) // by pseudonym: a name may have been erased
+	if err != nil {
+		return nil, fmt.Errorf("reading the passkeys: %w", err)
+	}
+	mine := map[string]bool{}
+	for _, k := range own {
+		mine[k.ID] = true
+	}
+	admin := slices.ContainsFunc(h.c.PasskeyAdmins, func(g string) bool { return slices.Contains(person.Groups, g) })
 	for _, k := range keys {
-		x := key{Passkey: k, CanRevoke: k.Revoked.IsZero()}
+		live, waits := k.Revoked.IsZero(), k.Revoked.IsZero() && !k.Active
+		x := key{Passkey: k, CSRF: p.CSRF, CanRevoke: live && (mine[k.ID] || admin), CanActivate: waits && !mine[k.ID] && (admin || len(h.c.PasskeyAdmins) == 0)}
 		switch {
-		case k.Person == person.Name:
+		case mine[k.ID]:
 			p.Mine = append(p.Mine, x)
-		case !k.Active && k.Revoked.IsZero():
+		case waits:
 			p.Waiting = append(p.Waiting, x)
 		default:
 			p.Others = append(p.Others, x)
 		}
 	}
-	return p
+	return p, nil
 }
 
-// PasskeyChanged answers a form that activates or revokes a key: err is why it
-// did not, nil where it did.
+// PasskeyChanged implements Pages.
 func (h *HTML) PasskeyChanged(w http.ResponseWriter, r *http.Request, person approvals.Person, err error) {
 	if err == nil {
 		w.Header().Set("Cache-Control", "no-store")
@@ -63,15 +80,20 @@ func (h *HTML) PasskeyChanged(w http.ResponseWriter, r *http.Request, person app
 		return
 	}
 	doc := problemOf(err)
-	keys, kerr := h.c.Judge.Passkeys(r.Context(), nil)
-	if doc.Status >= http.StatusInternalServerError || kerr != nil {
-		if kerr != nil {
-			doc = problem.From(kerr)
-		}
+	if doc.Status >= http.StatusInternalServerError {
 		h.Problem(w, r, person, doc)
 		return
 	}
-	p := h.passkeys(r, person, keys)
+	keys, kerr := h.c.Judge.Passkeys(r.Context(), nil)
+	if kerr != nil {
+		h.Problem(w, r, person, problem.From(kerr))
+		return
+	}
+	p, kerr := h.passkeys(r, person, keys)
+	if kerr != nil {
+		h.Problem(w, r, person, problem.From(kerr))
+		return
+	}
 	p.Wrong = wrong(doc, err)
 	h.write(w, r, doc.Status, "passkeys", p)
 }

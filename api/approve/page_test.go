@@ -497,7 +497,7 @@ func TestEveryPageForbidsWhatItDoesNotNeed(t *testing.T) {
 func TestEveryFormPostsItsSessionsToken(t *testing.T) {
 	waiting := own(false)
 	waiting.Person, waiting.ID = "user:bob", "0192f1c2-bbbb-7000-8000-000000000001"
-	p := newPages(t, &judge{past: past()}, func(c *HTMLConfig) {
+	p := newPages(t, &judge{past: past(), keys: []approvals.Passkey{own(true)}}, func(c *HTMLConfig) {
 		c.Slack = &accounts{pending: &slack.Account{Team: "T1", User: "U1"}, linked: &slack.Account{Team: "T1", User: "U2"}}
 	})
 	p.keys = []approvals.Passkey{own(true), waiting}
@@ -614,7 +614,7 @@ func TestADecisionThatDoesNotCountIsExplainedAndItsReasonKept(t *testing.T) {
 		t.Errorf("no ledger: %d", a.StatusCode)
 	}
 	p.err, p.req = approvals.ErrNotFound, nil
-	if a := p.do(t, http.MethodPost, "/approvals/x/decision", url.Values{}); a.StatusCode != 404 || !strings.Contains(a.text(), "no such approval") {
+	if a := p.do(t, http.MethodPost, "/approvals/x/decision", url.Values{}); a.StatusCode != 404 || !strings.Contains(a.text(), "There is no such approval or passkey.") {
 		t.Errorf("no request: %d", a.StatusCode)
 	}
 }
@@ -698,7 +698,7 @@ func TestThePasskeyPageNamesWhoseKeyWaitsForASecondPerson(t *testing.T) {
 	waiting.Person, waiting.ID, waiting.Credential, waiting.Label = "user:bob", "0192f1c2-bbbb-7000-8000-000000000002", "credential-of-bob", "Bob’s phone"
 	waiting.ActiveFrom = noon.Add(20 * time.Hour)
 	revoked.Revoked, revoked.ID = noon.Add(-time.Hour), "0192f1c2-cccc-7000-8000-000000000003"
-	p := newPages(t, &judge{keys: []approvals.Passkey{waiting}}, func(c *HTMLConfig) { c.ActivateAfter = 24 * time.Hour })
+	p := newPages(t, &judge{keys: []approvals.Passkey{own(true), waiting, revoked}}, func(c *HTMLConfig) { c.ActivateAfter = 24 * time.Hour })
 	p.keys = []approvals.Passkey{own(true), waiting, revoked}
 	a := p.get(t, "/passkeys")
 	page := a.text()
@@ -719,9 +719,17 @@ func TestThePasskeyPageNamesWhoseKeyWaitsForASecondPerson(t *testing.T) {
 			t.Errorf("a form to %s: %v, want %v", action, actions[action], want)
 		}
 	}
+	for groups, want := range map[string][2]bool{"dba": {true, true}, "hr": {false, false}} {
+		p := newPages(t, &judge{keys: []approvals.Passkey{waiting}}, func(c *HTMLConfig) { c.PasskeyAdmins = []string{groups} })
+		p.keys = []approvals.Passkey{waiting}
+		body := p.get(t, "/passkeys").body
+		if got := [2]bool{strings.Contains(body, waiting.ID+"/activate"), strings.Contains(body, waiting.ID+"/revoke")}; got != want {
+			t.Errorf("where %s looks after passkeys, activate and revoke are offered: %v, want %v", groups, got, want)
+		}
+	}
 	w, r := httptest.NewRecorder(), httptest.NewRequest(http.MethodPost, "/passkeys/x/activate", nil)
 	p.PasskeyChanged(w, r, alice, approvals.ErrPasskeyPerson)
-	if w.Code != http.StatusForbidden || !strings.Contains(w.Body.String(), "not yours to activate") {
+	if w.Code != http.StatusForbidden || !strings.Contains(w.Body.String(), "This passkey is not yours to activate") {
 		t.Errorf("somebody who may not activate it gets %d", w.Code)
 	}
 }
