@@ -3,6 +3,7 @@ package approvals
 import (
 	"context"
 	"fmt"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -555,9 +556,9 @@ func TestTenThousandPendingAreListedQuicklyAndExpire(t *testing.T) {
 			batch = nil
 		}
 	}
-	w.stop()
+	w.a.Close()
 	began := time.Now()
-	w.start()
+	w.people()
 	t.Logf("rebuilt in %s", time.Since(began))
 	for _, f := range []Filter{{State: StatePending}, {State: StateMine, Person: &alice}, {State: StateAll, Limit: 50}} {
 		best := time.Hour
@@ -575,12 +576,34 @@ func TestTenThousandPendingAreListedQuicklyAndExpire(t *testing.T) {
 			t.Errorf("%s takes %s", f.State, best)
 		}
 	}
+	runtime.GC()
+	var m runtime.MemStats
+	runtime.ReadMemStats(&m)
+	t.Logf("heap of %d MiB, the ledger's own state among it", m.HeapAlloc>>20)
+}
+
+func TestPagesOfAListHaveEachRequestOnceAndAllExpireTogether(t *testing.T) {
+	w := newWorld(t)
+	const n = 2*expireAtOnce + 50
+	var batch []*store.Submission
+	for range n {
+		x := w.asking("app:write")
+		x.requested.SetDetails(x.rd)
+		x.asked.SetDetails(x.ad)
+		batch = append(batch, x.requested, x.asked)
+	}
+	ok(t, w.append(broker, batch...))
+	w.a.Close()
+	w.people()
 	seen := map[string]bool{}
-	f := Filter{State: StatePending, Limit: 200}
+	f := Filter{State: StatePending, Limit: 60}
 	for {
 		list, more, err := w.a.List(t.Context(), f)
 		ok(t, err)
 		for _, r := range list {
+			if seen[r.ID] {
+				t.Fatalf("%s stands on two pages", r.ID)
+			}
 			seen[r.ID] = true
 		}
 		if f.Before = more; more == "" {
@@ -590,11 +613,22 @@ func TestTenThousandPendingAreListedQuicklyAndExpire(t *testing.T) {
 	if len(seen) != n {
 		t.Fatalf("the pages have %d of %d", len(seen), n)
 	}
-	w.advance(time.Hour)
-	ok(t, w.a.expire(t.Context()))
-	page, err := w.ledger.History(t.Context(), ledger.Query{Type: string(store.ApprovalExpired), Limit: 10_000})
+	w.a.Close() // what it holds of the state stands still
+	denied := "apr_req_1"
+	w2, err := New(t.Context(), w.a.c)
 	ok(t, err)
-	if len(page.Entries) != n {
-		t.Fatalf("%d of %d expired", len(page.Entries), n)
+	_, err = w2.Decide(t.Context(), alice, denied, Decision{Decision: store.Refuse, Reason: "no", Via: viaPage})
+	ok(t, err)
+	w2.Close()
+	w.advance(time.Hour)
+	ok(t, w.a.expire(t.Context())) // one of the first batch was denied meanwhile
+	page, err := w.ledger.History(t.Context(), ledger.Query{Type: string(store.ApprovalExpired)})
+	ok(t, err)
+	if len(page.Entries) != n-1 || w.get(denied).Status != store.StatusDenied {
+		t.Fatalf("%d of %d expired", len(page.Entries), n-1)
+	}
+	for _, f := range []Filter{{State: "none"}, {State: StateMine}, {Before: "x"}, {Limit: -1}} {
+		_, _, err := w.a.List(t.Context(), f)
+		isErr(t, err, ErrMalformed)
 	}
 }
