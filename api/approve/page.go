@@ -150,6 +150,7 @@ type frame struct {
 	Kinds   string // their kinds
 	Notice  string // good news
 	Slack   bool   // there are Slack accounts to link
+	Here    string // where the page is got again: it may answer a form
 }
 
 func (h *HTML) frame(r *http.Request, person approvals.Person, section, title string) frame {
@@ -231,12 +232,12 @@ func (h *HTML) Inbox(w http.ResponseWriter, r *http.Request, person approvals.Pe
 	}
 	page := struct {
 		frame
-		Here, What, Empty, EmptyText string
-		Tabs                         []tab
-		Rows                         []row
-		First, More, Version         string
-	}{frame: h.frame(r, person, "approvals", "Approvals"), Here: r.URL.RequestURI()}
-	page.Exact = true
+		What, Empty, EmptyText string
+		Tabs                   []tab
+		Rows                   []row
+		First, More, Version   string
+	}{frame: h.frame(r, person, "approvals", "Approvals")}
+	page.Exact, page.Here = true, r.URL.RequestURI()
 	for _, t := range tabs {
 		page.Tabs = append(page.Tabs, tab{t.name, "/approvals?state=" + t.state, t.state == f.State})
 		if t.state == f.State {
@@ -405,6 +406,7 @@ func (h *HTML) request(r *http.Request, person approvals.Person, req *approvals.
 		Rule:  inWords(&req.Rule), ReasonDue: req.Rule.Reasons.Approver, Passkey: req.Rule.Passkey,
 		Standing: req.Rule.Standing, Enrol: h.c.Enrol,
 	}
+	p.Here = "/approvals/" + url.PathEscape(req.ID)
 	if h.c.Scopes != nil {
 		if set := h.c.Scopes.Current(); set != nil {
 			if s, ok := set.Scope(req.Scope); ok {

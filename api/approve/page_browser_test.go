@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -283,12 +284,20 @@ func TestAPersonReachesEverythingWithTheKeyboardAndSeesWhere(t *testing.T) {
 type stream struct {
 	*pages
 	news chan string
+	over atomic.Bool // the session is
 }
 
 func (s *stream) handler() http.Handler {
 	inner := s.pages.handler()
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if r.URL.Path != "/approvals/events" {
+		switch {
+		case s.over.Load() && r.URL.Path == "/approvals/events":
+			http.Error(w, "", http.StatusUnauthorized)
+			return
+		case s.over.Load():
+			http.Redirect(w, r, "/login", http.StatusSeeOther)
+			return
+		case r.URL.Path != "/approvals/events":
 			inner.ServeHTTP(w, r)
 			return
 		}
@@ -297,6 +306,9 @@ func (s *stream) handler() http.Handler {
 			_ = http.NewResponseController(w).Flush()
 			select {
 			case kind := <-s.news:
+				if kind == "" { // the session is over
+					return
+				}
 				_, _ = fmt.Fprintf(w, "event: %s\ndata: {}\n\n", kind)
 			case <-r.Context().Done():
 				return
@@ -308,7 +320,7 @@ func (s *stream) handler() http.Handler {
 func TestALiveUpdateShowsWhatChangedAndKeepsWhatIsTyped(t *testing.T) {
 	b := open(t)
 	j := &judge{past: past()}
-	s := &stream{newPages(t, j), make(chan string)}
+	s := &stream{pages: newPages(t, j), news: make(chan string)}
 	s.req.Rule.Passkey = false
 	at := serve(t, s.handler())
 	b.do(t, chromedp.Navigate(at+"/approvals/"+s.req.ID), chromedp.SendKeys(chromedp.CSS("#reason"), "I looked at it"))
@@ -452,5 +464,18 @@ func TestInABrowserAPasskeyIsMadeAndSignsWhatTheFormSays(t *testing.T) {
 	defer mu.Unlock()
 	if len(asked) != 4 {
 		t.Errorf("without the person the page sent %q", asked[3:])
+	}
+}
+
+func TestWhenTheSessionIsOverThePageSaysSoAndKeepsWhatIsTyped(t *testing.T) {
+	b := open(t)
+	s := &stream{pages: newPages(t, &judge{past: past()}), news: make(chan string)}
+	s.req.Rule.Passkey = false
+	b.do(t, chromedp.Navigate(serve(t, s.handler())+"/approvals/"+s.req.ID), chromedp.SendKeys(chromedp.CSS("#reason"), "I looked at it"))
+	s.over.Store(true)
+	s.news <- ""
+	b.wait(t, `!document.getElementById("over").hidden`)
+	if got := value[string](t, b, `document.getElementById("reason").value`); got != "I looked at it" {
+		t.Errorf("what was typed is now %q", got)
 	}
 }

@@ -34,6 +34,13 @@ var (
 	alice = approvals.Person{Name: "user:alice", Groups: []string{"dba", "sre"}}
 )
 
+// What the pages are given where they run.
+var (
+	_ Pages         = (*HTML)(nil)
+	_ Judge         = (*approvals.Approvals)(nil)
+	_ SlackAccounts = (*slack.Slack)(nil)
+)
+
 const csrfToken = "csrf-of-this-session"
 
 // judge answers what the pages ask, from fixed data.
@@ -679,6 +686,38 @@ func TestWhereAPasskeyIsDueNobodyApprovesWithoutOne(t *testing.T) {
 		if say := strings.Contains(a.text(), "you have none that is active"); say == c.can {
 			t.Errorf("%s: says that there is none: %v", name, say)
 		}
+	}
+}
+
+func TestAnApprovalForTheWholeRunIsOfferedWithinItsLimits(t *testing.T) {
+	p := newPages(t, &judge{past: past(), keys: []approvals.Passkey{own(true)}})
+	a := p.get(t, "/approvals/"+p.req.ID)
+	ends := 0
+	for _, o := range a.find("option") {
+		end, err := time.Parse(time.RFC3339, attr(o, "value"))
+		if err != nil || !end.After(noon) || end.After(noon.Add(time.Duration(p.req.Rule.Standing.For))) {
+			t.Errorf("offers the end %q: %v", attr(o, "value"), err)
+		}
+		ends++
+	}
+	if ends == 0 {
+		t.Error("offers no end")
+	}
+	for _, n := range a.find("input") {
+		switch attr(n, "name") {
+		case "standing_uses":
+			if attr(n, "max") != "17" {
+				t.Errorf("offers %s uses", attr(n, "max"))
+			}
+		case "standing":
+			if has(n, "checked") {
+				t.Error("an approval for the whole run is the default")
+			}
+		}
+	}
+	p.req.Rule.Standing = nil
+	if strings.Contains(p.get(t, "/approvals/"+p.req.ID).body, "standing") {
+		t.Error("offers what the rule does not allow")
 	}
 }
 

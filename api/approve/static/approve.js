@@ -42,9 +42,10 @@
     if (fetching) { again = true; return; }
     fetching = true;
     try {
-      const r = await fetch(location.href, { headers: { Accept: 'text/html' }, credentials: 'same-origin', cache: 'no-store' });
-      if (r.redirected || r.status === 401) { location.reload(); return; } // the session is over
-      if (!r.ok) return;
+      const r = await fetch(document.body.dataset.here, { headers: { Accept: 'text/html' }, credentials: 'same-origin', cache: 'no-store', redirect: 'manual' });
+      const over = r.type === 'opaqueredirect' || r.status === 401; // to the login; what is typed stays until the person goes
+      document.getElementById('over').hidden = !over;
+      if (over || !r.ok) return;
       const page = new DOMParser().parseFromString(await r.text(), 'text/html');
       let changed = false;
       for (const old of regions()) {
@@ -82,6 +83,7 @@
       for (const kind of (document.body.dataset.kinds || 'message').split(' ')) stream.addEventListener(kind, soon);
       stream.onerror = () => {
         if (stream.readyState !== EventSource.CLOSED) return; // it tries again by itself
+        soon(); // the session may be over
         setTimeout(listen, 10000);
       };
       addEventListener('pagehide', () => stream.close());
