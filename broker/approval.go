@@ -9,6 +9,7 @@ import (
 
 	"go.uber.org/zap"
 
+	"github.com/countersign-dev/countersign/issuer"
 	"github.com/countersign-dev/countersign/store"
 	"github.com/countersign-dev/countersign/store/inflight"
 )
@@ -245,10 +246,17 @@ type approved struct {
 	id       string
 	from     string // the request whose decisions they are
 	rule     store.Rule
+	terms    []termed // of those for the whole run
 	people   []string // pseudonyms of who approved
 	reasons  bool     // each gave a reason
 	revoked  bool     // a key that signed was revoked since
 	receipts store.Approval
+}
+
+// termed is when a person approved something for a whole run, and how far.
+type termed struct {
+	at    store.Time
+	terms *store.StandingTerms
 }
 
 func (a *approved) request() string {
@@ -333,6 +341,7 @@ func (b *Broker) approvedIn(app *store.Appended, entries []placed, request, scop
 			a.people = append(a.people, *e.Person)
 			a.reasons = a.reasons && e.Sealed[store.SealedReason] != ""
 			votes = append(votes, store.Vote{Person: *e.Person, Groups: d.Groups})
+			a.terms = append(a.terms, termed{e.Time, d.Standing})
 			if d.Assertion != nil {
 				keys[d.Assertion.Enrolled] = true
 			}
@@ -441,6 +450,7 @@ func (b *Broker) draw(ctx context.Context, p *plan, from string) (*Reply, error)
 	excluded, rule := b.excluded(p), p.verdict.Rule
 	a := b.approvedIn(app, entries, from, p.verdict.Grant.Scope, true)
 	if a == nil || a.revoked || rule.Reasons.Approver && !a.reasons || rule.Passkey && !a.rule.Passkey ||
+		slices.ContainsFunc(a.terms, func(t termed) bool { return !issuer.MayStand(rule.Standing, t.terms, t.at) }) ||
 		slices.ContainsFunc(a.people, func(who string) bool {
 			return slices.Contains(excluded, who) || p.ask.Subject != "" && who == b.PrivacyKey.Pseudonym(p.ask.Subject)
 		}) {

@@ -96,6 +96,8 @@ func (i *Issuer) warranted(w store.Warrant) (*job, error) {
 		return refuse(stageGrant, "orchestrator %s may not ask for %s", v.Intent.Orchestrator, scope.Name)
 	case scope.Approval != nil && (v.Rule == nil || !v.Rule.Covers(scope.Approval)):
 		return refuse(stageGrant, "%s needs more approval in the issuer's catalogue than was given", scope.Name)
+	case v.Issuing.Approval != "" && v.Issuing.Approval != v.Intent.Request && !stands(w.Approval, scope.Approval):
+		return refuse(stageGrant, "%s may not be approved for a whole run as it was, in the issuer's catalogue", scope.Name)
 	case v.Grant.Delivery != scopes.Direct && v.Grant.Delivery != scopes.Wrapped:
 		return refuse(stageGrant, "delivery %q is not minted", v.Grant.Delivery)
 	}
@@ -130,6 +132,33 @@ func (i *Issuer) warranted(w store.Warrant) (*job, error) {
 		end = store.At(full)
 	}
 	return &job{Warranted: v, scope: scope, now: now, end: end}, nil
+}
+
+// stands reports whether the limits of an approval for a whole run, whose proofs
+// were checked, are within those of rule: the people who set them decided under
+// another scope's. A nil rule is that of a policy, which the catalogue does not
+// know.
+func stands(a *store.Approval, rule *store.Rule) bool {
+	if rule == nil {
+		return true
+	}
+	for _, r := range a.Decisions {
+		e, err := store.ParseLeaf(r.Leaf)
+		if err != nil {
+			return false
+		}
+		d, err := store.DetailsAs[store.DecidedDetails](e)
+		if err != nil || !MayStand(rule.Standing, d.Standing, e.Time) {
+			return false
+		}
+	}
+	return true
+}
+
+// MayStand reports whether an approval for a whole run, given at a time, is
+// within what a rule allows of one; nothing is where it allows none.
+func MayStand(limit *store.StandingLimit, terms *store.StandingTerms, at store.Time) bool {
+	return limit != nil && terms != nil && terms.Uses <= limit.Uses && !terms.Until.After(at.Add(time.Duration(limit.For)))
 }
 
 // issued is what the record is to say of every credential of j.

@@ -127,7 +127,7 @@ func TestWithoutAWarrantNothingReachesVault(t *testing.T) {
 		{"a step with a path in its name", changed(func(req, intent *store.Entry, _ *store.RequestedDetails, _ *store.IssuingDetails) {
 			req.Step, intent.Step = "../admin", "../admin"
 		}), "not a valid ID"},
-		{"a scope that needs approval", func() store.Warrant { return b.warrant(ask{scope: "vault:demo-admin"}) }, "needs approval"},
+		{"a scope that needs approval", func() store.Warrant { return b.warrant(ask{scope: "vault:demo-admin"}) }, "needs more approval"},
 	}
 	proxy.Seen() // the login
 	for _, tt := range tests {
