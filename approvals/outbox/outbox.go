@@ -500,8 +500,8 @@ func (o *Outbox) attempt(ctx context.Context, s Sender, r *row) (down bool, afte
 	var certain *Failure
 	switch {
 	case errors.Is(sendErr, ErrGone):
-		_, err = o.db.ExecContext(ctx, "UPDATE deliveries SET place = '', have = '', tries = ?, next = 0, doubt_first = ?, doubt_last = ? WHERE approval = ? AND destination = ?",
-			r.tries, req.Asked.UnixMilli(), o.c.Now().UnixMilli(), r.approval, s.Name())
+		_, err = o.db.ExecContext(ctx, "UPDATE deliveries SET place = '', have = '', tries = ?, next = ?, doubt_first = ?, doubt_last = ? WHERE approval = ? AND destination = ?",
+			r.tries, o.c.Now().Add(wait).UnixMilli(), req.Asked.UnixMilli(), o.c.Now().UnixMilli(), r.approval, s.Name())
 	case errors.As(sendErr, &certain):
 		wait = max(wait, certain.After)
 		down, after = certain.Down, certain.After

@@ -192,7 +192,7 @@ func (s *Slack) Send(ctx context.Context, d outbox.Delivery) (string, error) {
 	var err error
 	if ok {
 		_, _, _, err = s.api.UpdateMessageContext(ctx, channel, ts, options...)
-		if isSlack(err, "message_not_found", "cant_update_message", "edit_window_closed") {
+		if isSlack(err, "message_not_found", "cant_update_message") {
 			s.forgetSweep()
 			return "", fmt.Errorf("%w: %w", outbox.ErrGone, err)
 		}
@@ -224,7 +224,7 @@ func classify(err error) error {
 		switch api.Err {
 		case "fatal_error", "internal_error", "request_timeout", "service_unavailable":
 			return err
-		case "invalid_blocks", "invalid_blocks_format", "msg_too_long", "msg_blocks_too_long", "no_text", "restricted_action":
+		case "invalid_blocks", "invalid_blocks_format", "msg_too_long", "msg_blocks_too_long", "no_text", "restricted_action", "edit_window_closed":
 			return &outbox.Failure{Err: err} // this message alone
 		}
 		return &outbox.Failure{Err: err, Down: true} // token, channel, scopes: every message
