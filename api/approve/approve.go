@@ -89,6 +89,9 @@ func (s *Server) Drain() { s.stop() }
 // Routes adds the routes to r, whose limit of a body is server.MaxBody.
 func (s *Server) Routes(r chi.Router) {
 	r.Group(func(r chi.Router) {
+		if s.c.People != nil && s.c.Pages != nil {
+			r.Use(s.c.People.ToLogin)
+		}
 		r.Use(s.c.Guard.Require(auth.Approver, auth.Reviewer))
 		r.Get("/approvals", s.list)
 		r.Get("/approvals/{id}", s.show)
