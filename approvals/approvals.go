@@ -30,10 +30,12 @@ type Config struct {
 	Name        string // the recorder's, stamped as writer on what it appends
 	TrustDomain string // of its SPIFFE ID
 	Scopes      Catalogue
-	Owners      map[string][]string // orchestrator to its owners, as "user:NAME"
-	PrivacyKey  store.PrivacyKey
-	Origin      string // the log's name, in what people sign
-	BaseURL     string // of the page, such as http://localhost:8788
+	// Owners are those of each orchestrator, as "user:NAME". They do not decide
+	// on its requests, whatever a broker says of them.
+	Owners     map[string][]string
+	PrivacyKey store.PrivacyKey
+	Origin     string // the log's name, in what people sign
+	BaseURL    string // of the page, such as http://localhost:8788
 	// ActivateAfter is when a passkey that nobody revoked is active by itself.
 	// Zero: only a second person activates it.
 	ActivateAfter time.Duration
@@ -86,6 +88,7 @@ type Approvals struct {
 	asked   []asked           // by index; those of the last days, and all that are open
 	byID    map[string]string // approval to request, of asked
 	next    int64             // entries below it are known
+	moved   chan struct{}     // closed and replaced when next grows
 	due     time.Time         // nothing expires before; zero: unknown
 	subs    map[*subscriber]bool
 	tidied  time.Time
@@ -118,7 +121,7 @@ func New(ctx context.Context, c Config) (*Approvals, error) {
 	}
 	a := &Approvals{
 		c: c, rpID: u.Hostname(), web: u.Scheme + "://" + u.Host,
-		state: store.NewState(), byID: map[string]string{}, subs: map[*subscriber]bool{},
+		moved: make(chan struct{}), state: store.NewState(), byID: map[string]string{}, subs: map[*subscriber]bool{},
 		challenges: pending[challenge]{life: ChallengeLife}, enrolments: pending[enrolment]{life: EnrolmentLife},
 	}
 	a.c.BaseURL = a.web

@@ -50,6 +50,38 @@ func TestAnAdminDoesNotApproveTheirOwnRequest(t *testing.T) {
 	w.refused("user:alice self-approval", "user:alice self-approval", "user:owner self-approval", "user:owner self-approval")
 }
 
+func TestAnOwnerDecidesNothingAlsoWhereABrokerForgotToSaySo(t *testing.T) {
+	w := newWorld(t)
+	w.a.Close()
+	w.a.c.Owners = map[string][]string{"demo": {alice.Name}} // since the request was made
+	w.a, _ = New(t.Context(), w.a.c)
+	id := w.ask("app:write")
+	_, err := w.a.Decide(t.Context(), alice, id, approve("mine"))
+	wants(t, err, store.OrderSelf)
+	if list, _, err := w.a.List(t.Context(), Filter{State: StateMine, Person: &alice}); err != nil || len(list) != 0 {
+		t.Fatalf("%v, %v", list, err)
+	}
+	_, err = w.a.Decide(t.Context(), bob, id, approve("theirs"))
+	ok(t, err)
+}
+
+func TestAListHasWhatWasAskedAndDecidedBeforeIt(t *testing.T) {
+	w := newWorld(t)
+	for range 50 {
+		id := w.ask("app:write")
+		list, _, err := w.a.List(t.Context(), Filter{})
+		ok(t, err)
+		if len(list) != 1 || list[0].ID != id {
+			t.Fatalf("%d pending", len(list))
+		}
+		_, err = w.a.Decide(t.Context(), alice, id, approve("ok"))
+		ok(t, err)
+		if list, _, err := w.a.List(t.Context(), Filter{}); err != nil || len(list) != 0 {
+			t.Fatalf("%d pending, %v", len(list), err)
+		}
+	}
+}
+
 func TestApprovingForTwoGroupsAtOnceNeitherOvershootsNorHangs(t *testing.T) {
 	w := newWorld(t)
 	id := w.ask("app:both")

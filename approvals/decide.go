@@ -80,7 +80,8 @@ func (a *Approvals) Decide(ctx context.Context, p Person, id string, d Decision)
 	// many that come at once still count. A crash before it leaves nothing; a
 	// crash after it leaves a decision that counts and whose person was not told
 	// so, who is told that it counts when they decide again.
-	if _, err := a.append(ctx, s); err != nil {
+	done, err := a.append(ctx, s)
+	if err != nil {
 		if _, refused := store.IsOrder(err); refused {
 			if v, verr := a.view(ctx, request); verr == nil {
 				return nil, a.refuse(ctx, p, v, actionDecide, err)
@@ -89,6 +90,7 @@ func (a *Approvals) Decide(ctx context.Context, p Person, id string, d Decision)
 		}
 		return nil, err
 	}
+	a.until(ctx, done.Entries[0].Index)
 	return a.view(ctx, request)
 }
 
@@ -102,6 +104,9 @@ func (a *Approvals) May(r *Request, p Person, d Decision) error {
 func (a *Approvals) may(r *Request, p Person, groups []string, d Decision) error {
 	if r.state == nil {
 		return &store.OrderError{Code: store.OrderNotOpen, Message: "request " + r.Request + " is " + string(r.Status)}
+	}
+	if r.Status == store.StatusPending && slices.Contains(a.c.Owners[r.Orchestrator], p.Name) {
+		return &store.OrderError{Code: store.OrderSelf, Message: "the person owns the orchestrator", Request: r.state}
 	}
 	if d.Via == viaSlack && !r.Rule.Slack {
 		return &store.OrderError{Code: store.OrderMismatch, Message: "the rule takes no decisions in Slack", Request: r.state}

@@ -160,6 +160,8 @@ func (a *Approvals) followLoop() {
 				}
 				a.mu.Lock()
 				a.next = p.Index + 1
+				close(a.moved)
+				a.moved = make(chan struct{})
 				a.mu.Unlock()
 			}
 			return nil
@@ -170,6 +172,31 @@ func (a *Approvals) followLoop() {
 			return
 		case <-time.After(retryAfter):
 			a.c.Log.Warn("following the ledger broke off, and begins again", zap.Error(err))
+		}
+	}
+}
+
+// until waits until entry index is known here, so that a list that is asked for
+// after an answer was given has what the answer said. It gives up after a
+// second: a list that is late is no reason to have none.
+func (a *Approvals) until(ctx context.Context, index int64) {
+	late := time.NewTimer(time.Second)
+	defer late.Stop()
+	for {
+		a.mu.Lock()
+		next, moved := a.next, a.moved
+		a.mu.Unlock()
+		if next > index {
+			return
+		}
+		select {
+		case <-moved:
+		case <-late.C:
+			return
+		case <-ctx.Done():
+			return
+		case <-a.ctx.Done():
+			return
 		}
 	}
 }

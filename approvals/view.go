@@ -47,6 +47,16 @@ func (a *Approvals) List(ctx context.Context, f Filter) ([]Request, string, erro
 		return nil, "", err
 	}
 	a.mu.Lock()
+	known := a.next
+	a.mu.Unlock()
+	news, err := a.c.Ledger.History(ctx, ledger.Query{Type: string(store.ApprovalRequested), Cursor: cursor(known)})
+	if err != nil {
+		return nil, "", err
+	}
+	if n := len(news.Entries); n > 0 {
+		a.until(ctx, news.Entries[n-1].Index)
+	}
+	a.mu.Lock()
 	var page []asked
 	next := ""
 	for i := sort.Search(len(a.asked), func(i int) bool { return a.asked[i].index >= before }) - 1; i >= 0; i-- {
@@ -88,7 +98,7 @@ func (a *Approvals) selects(f Filter) (func(*store.Request) bool, error) {
 		}
 		person, groups, now := a.pseudonym(*f.Person), f.Person.Groups, store.At(a.c.Now())
 		return func(r *store.Request) bool {
-			if !waits(r) {
+			if !waits(r) || slices.Contains(a.c.Owners[r.Orchestrator], f.Person.Name) {
 				return false
 			}
 			err := r.May(store.Approve, person, groups, true, true, now)
