@@ -179,7 +179,7 @@ func (b *Broker) known(ctx context.Context, id string) (tracked, error) {
 // under is the answer to a call for a request that is under way.
 func (b *Broker) under(r *store.Request) *Reply {
 	reply := &Reply{Request: r.ID, Status: r.Status}
-	if r.Status == store.StatusPending {
+	if r.Status == store.StatusPending && r.Pending != nil {
 		reply.Waiting = b.waiting(r.Pending)
 	}
 	return reply

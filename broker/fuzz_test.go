@@ -10,7 +10,7 @@ import (
 // FuzzIndex feeds the index entries of one request in any order and number,
 // as a follower, an acknowledgement and a look at what is open may overlap.
 func FuzzIndex(f *testing.F) {
-	for _, s := range []string{"\x00\x01\x02\x03", "\x03\x02\x01\x00", "\x00\x01\x04\x00\x01\x02", "\x00\x01\x02\x03\x01\x02\x05", ""} {
+	for _, s := range []string{"\x00\x01\x02\x03", "\x03\x02\x01\x00", "\x00\x01\x04\x00\x01\x02", "\x00\x01\x02\x03\x01\x02\x05", "Z", "ZF\x01\x07\x08\x09", "ZF\x02\x07\x08\x09", "ZFG", "ZF\x03", ""} {
 		f.Add([]byte(s), true)
 		f.Add([]byte(s), false)
 	}

@@ -40,7 +40,7 @@ type tracked struct {
 // waits reports whether the request is one that people decide and that nothing
 // was minted for yet.
 func (t *tracked) waits() bool {
-	return t.pending != nil && (t.status == store.StatusPending || t.status == store.StatusApproved)
+	return t.status == store.StatusPending || t.pending != nil && t.status == store.StatusApproved
 }
 
 // stands returns until when requests of the run may draw on t's approval; zero

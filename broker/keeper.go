@@ -566,7 +566,7 @@ func (b *Broker) Get(ctx context.Context, c Caller, id string) (View, error) {
 		if t.live {
 			v.Expires = t.issued.Expires.Time
 		}
-		if t.waits() && !t.minting {
+		if t.pending != nil && t.waits() && !t.minting {
 			v.Waiting = b.waiting(t.pending)
 		}
 		return v, nil
