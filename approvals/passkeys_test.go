@@ -380,9 +380,11 @@ func FuzzRegisterTakesOnlyWhatABrowserMadeForIt(f *testing.F) {
 	f.Add(k.Create(challenge))
 	f.Add([]byte("{}"))
 	f.Add([]byte(nil))
-	w := newWorld(f)
+	// Without a ledger, which Register does not ask: its goroutines would look to
+	// the fuzzer like something new in every input.
+	a := &Approvals{c: Config{Now: time.Now}, rpID: "localhost", web: "http://localhost:8788"}
 	f.Fuzz(func(t *testing.T, b []byte) {
-		if _, _, err := w.a.Register(context.Background(), alice, b); err == nil {
+		if _, _, err := a.Register(context.Background(), alice, b); err == nil {
 			t.Fatal("taken, with no enrolment under way")
 		}
 	})
