@@ -53,11 +53,19 @@ func (b *Broker) ask(ctx context.Context, p *plan) (*Reply, error) {
 	return reply, err
 }
 
-// excluded are the pseudonyms of the people who own the caller.
+// excluded are the pseudonyms of the people who own the caller, and of the
+// person that a subject without a prefix may mean: "ada" is user:ada too.
 func (b *Broker) excluded(p *plan) []string {
 	out := []string{}
 	for _, o := range p.caller.Owners {
 		out = append(out, b.PrivacyKey.Pseudonym(o))
+	}
+	if s := p.ask.Subject; s != "" {
+		for _, name := range []string{strings.ToLower(s), "user:" + s, "user:" + strings.ToLower(s)} {
+			if id := b.PrivacyKey.Pseudonym(name); name != s && !slices.Contains(out, id) {
+				out = append(out, id)
+			}
+		}
 	}
 	return out
 }

@@ -504,6 +504,9 @@ func (b *Broker) submission(t store.Type, story *store.Entry) *store.Submission 
 // index.
 func (b *Broker) append(ctx context.Context, subs ...*store.Submission) (*store.Appended, error) {
 	app, err := b.Recorder.Append(ctx, subs...)
+	if weak, ok := store.IsOrder(err, store.OrderWeak); ok {
+		b.Log.Warn("the recorder's catalogue or owners differ from this broker's", zap.String("scope", subs[0].Action), zap.String("recorder", weak.Message))
+	}
 	if err != nil {
 		return nil, unavailable(err)
 	}

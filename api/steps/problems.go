@@ -36,7 +36,7 @@ func toProblem(err error) error {
 		return make(detail).With("request", ended.Request)
 	}
 	if _, weak := store.IsOrder(err, store.OrderWeak); weak {
-		return problem.ScopeDenied("the recorder's catalogue asks for more approval than this broker's").Because(err)
+		return problem.ScopeDenied("the recorder's catalogue or owners differ from this broker's; its operator finds in the log how").Because(err)
 	}
 	if _, refused := store.IsOrder(err); refused {
 		// The ledger's own words name other requests.

@@ -97,6 +97,7 @@ type house struct {
 	recorder *process
 	broker   *process
 	logKey   *store.LogVerifier
+	people   string // the recorder's URL for people
 	reviewer string // token
 	caller   string // token
 	armed    atomic.Pointer[arm]
@@ -178,7 +179,7 @@ func newHouse(t *testing.T) *house {
 	}
 	h.reviewer = token("recorder-tokens", "reviewer", "reviewer")
 	write("writer-token", []byte(token("recorder-tokens", "writer", "broker-1")))
-	h.caller = token("broker-tokens", "orchestrator", "demo")
+	h.caller = cli("token", "create", "--file", file("broker-tokens"), "--role", "orchestrator", "--name", "demo", "--owner", "user:ben")
 
 	recordAddr, serveAddr := freeAddr(t), freeAddr(t)
 	recorderProxy := h.proxy("recorder", "http://"+recordAddr)
@@ -206,6 +207,12 @@ orchestrators: {tokens: %q}
 first_ttl: %s
 `, serveAddr, "http://"+serveAddr, file("identity.key"), file("privacy.key"), file("catalogue.yaml"),
 		recorderProxy, file("writer-token"), vkey, file("broker-head"), vaultProxy, file("vault-token"), file("broker-tokens"), graceInTests))
+	h.people = "http://localhost:" + strings.TrimPrefix(recordAddr, "127.0.0.1:")
+	record, err := os.ReadFile(file("record.yaml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	write("record.yaml", append(record, peoplesProvider(t, h.people, file("catalogue.yaml"))...))
 	h.recorder = h.process("recorder", "http://"+recordAddr, "record", "--config", file("record.yaml"))
 	h.broker = h.process("broker", "http://"+serveAddr, "serve", "--config", file("serve.yaml"))
 	h.recorder.start()
