@@ -153,9 +153,12 @@ func openDecisions(ctx context.Context, o *peopleOptions, p *people) (*decisions
 // routes adds the login and the approvals.
 func (d *decisions) routes(r chi.Router) {
 	r.Group(func(r chi.Router) {
-		r.Use(server.Limit(server.MaxBody), d.login.ToLogin) // writers' bodies alone are larger
+		r.Use(server.Limit(server.MaxBody)) // writers' bodies alone are larger
 		d.login.Routes(r)
-		d.server.Routes(r)
+		r.Group(func(r chi.Router) {
+			r.Use(d.login.ToLogin)
+			d.server.Routes(r)
+		})
 	})
 }
 

@@ -109,7 +109,10 @@ func (h *house) approvalCrash(c crash, step string) {
 		a.fire()
 	}
 	decided := func() bool {
-		status, _, _ := decide(h.t, h.people, logIn(h.t, h.people, "ann"), id, "approve")
+		status, _, body := decide(h.t, h.people, logIn(h.t, h.people, "ann"), id, "approve")
+		if status != http.StatusOK && status != http.StatusConflict && status != 0 && status != http.StatusServiceUnavailable {
+			h.t.Fatalf("%s: deciding: %d %s", c.name, status, body)
+		}
 		return status == http.StatusOK || status == http.StatusConflict
 	}
 	if c.proxy == "" && c.victim == "recorder" {

@@ -54,7 +54,10 @@ func logIn(t *testing.T, recorder, user string) string {
 		t.Fatal(err)
 	}
 	callback := ""
-	browser := &http.Client{Jar: jar, CheckRedirect: func(r *http.Request, _ []*http.Request) error {
+	browser := &http.Client{Jar: jar, CheckRedirect: func(r *http.Request, via []*http.Request) error {
+		if len(via) > 10 {
+			return fmt.Errorf("redirected in a circle, at last to %s", r.URL)
+		}
 		if r.URL.Path == "/callback" { // where the terminal would listen
 			callback = r.URL.Query().Get("code")
 			return http.ErrUseLastResponse
