@@ -87,6 +87,9 @@ type People struct {
 	// of this recorder, or empty for the one given to Fresh. It is set before
 	// the first request.
 	OnFresh func(context.Context, Fresh) (redirect string, err error)
+	// OnLogin is told of each login that began a session, before the browser goes
+	// on. It is set before the first request; nil: nobody is told.
+	OnLogin func(context.Context, Person)
 
 	c       PeopleConfig
 	now     clock

@@ -247,6 +247,9 @@ func (p *People) finish(w http.ResponseWriter, r *http.Request) (string, error) 
 	opener, _ := p.Sessions.begin("", session{person: person, subject: subject, csrf: secret()}, time.Time{})
 	p.setCookie(w, "session", opener, 0)
 	p.log.Info("logged in", zap.String("person", person.Name), zap.Strings("groups", person.Groups))
+	if p.OnLogin != nil {
+		p.OnLogin(ctx, person)
+	}
 	return l.next, nil
 }
 

@@ -220,6 +220,16 @@ func (o *Outbox) Waiting(ctx context.Context, destination string) (n int, err er
 	return n, err
 }
 
+// Place is where a destination keeps what it was told about an approval, as its
+// Sender said; empty where nothing is there.
+func (o *Outbox) Place(ctx context.Context, destination, approval string) (place string, err error) {
+	err = o.db.QueryRowContext(ctx, "SELECT place FROM deliveries WHERE destination = ? AND approval = ?", destination, approval).Scan(&place)
+	if errors.Is(err, sql.ErrNoRows) {
+		return "", nil
+	}
+	return place, err
+}
+
 // follow turns events into rows. A crash between an event and its row loses
 // nothing: reconcile makes the row at the next start.
 func (o *Outbox) follow(ctx context.Context, events <-chan approvals.Event) {

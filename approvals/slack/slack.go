@@ -16,6 +16,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"net/url"
 	"slices"
 	"strings"
 	"sync"
@@ -77,13 +78,14 @@ type Slack struct {
 	ctx     context.Context
 	refused refusals
 
-	write   sync.Mutex // held while a link changes, so that the record and links agree on the order
-	mu      sync.Mutex
-	links   map[string]*link    // by Account.key
-	linking map[string]*linking // by person
-	tries   map[string]tries    // wrong codes, by Account.key
-	seen    map[[32]byte]time.Time
-	bot     string // the bot's ID, B…, once it is known
+	write     sync.Mutex // held while a link changes, so that the record and links agree on the order
+	mu        sync.Mutex
+	links     map[string]*link    // by Account.key
+	linking   map[string]*linking // by person
+	tries     map[string]tries    // wrong codes, by Account.key
+	seen      map[[32]byte]time.Time
+	bot       string // the bot's ID, B…, once it is known
+	workspace string // its address, likewise
 
 	sweepMu sync.Mutex
 	sweep   sweep
@@ -302,8 +304,20 @@ func (s *Slack) botID(ctx context.Context) (string, error) {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.bot = a.BotID
+	s.bot, s.workspace = a.BotID, a.URL
 	return s.bot, nil
+}
+
+// Permalink is the address of the message at a place that Send returned, as
+// chat.getPermalink gives it; empty while Slack has not been reached.
+func (s *Slack) Permalink(place string) string {
+	channel, ts, ok := strings.Cut(place, " ")
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !ok || s.workspace == "" {
+		return ""
+	}
+	return strings.TrimRight(s.workspace, "/") + "/archives/" + url.PathEscape(channel) + "/p" + url.PathEscape(strings.ReplaceAll(ts, ".", ""))
 }
 
 // Check asks Slack whether the token is good and of the right team, as an

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/http"
 	"net/url"
+	"path/filepath"
 	"time"
 
 	"github.com/go-chi/chi/v5"
@@ -15,6 +16,9 @@ import (
 	"github.com/countersign-dev/countersign/api/auth"
 	"github.com/countersign-dev/countersign/api/server"
 	"github.com/countersign-dev/countersign/approvals"
+	"github.com/countersign-dev/countersign/approvals/outbox"
+	"github.com/countersign-dev/countersign/approvals/slack"
+	"github.com/countersign-dev/countersign/approvals/webhook"
 	"github.com/countersign-dev/countersign/scopes"
 	"github.com/countersign-dev/countersign/store"
 )
@@ -27,6 +31,9 @@ type approvalConfig struct {
 	Owners    map[string][]string `yaml:"owners"`    // orchestrator to the people who own it, as user:NAME
 	OIDC      oidcConfig          `yaml:"oidc"`
 	Passkeys  passkeysConfig      `yaml:"passkeys"`
+	Slack     *slackConfig        `yaml:"slack"`
+	Webhooks  []webhookConfig     `yaml:"webhooks"`
+	Outbox    string              `yaml:"outbox"` // file of what Slack and webhooks are to be told; DIR/outbox.db by default
 }
 
 type oidcConfig struct {
@@ -45,6 +52,21 @@ type oidcConfig struct {
 type passkeysConfig struct {
 	ActivateAfter time.Duration `yaml:"activate_after"` // a key is active by itself; 0: a second person activates it
 	Admins        []string      `yaml:"admins"`         // groups that may revoke others' keys, and alone activate them
+}
+
+type slackConfig struct {
+	Token         string        `yaml:"token_file"`          // the bot's
+	SigningSecret string        `yaml:"signing_secret_file"` // of the app
+	Team          string        `yaml:"team"`                // T…
+	Channel       string        `yaml:"channel"`             // C…
+	APIURL        string        `yaml:"api_url"`             // Slack's by default
+	LinkFor       time.Duration `yaml:"link_for"`            // a linked account decides so long after its person's last login; 720h by default
+}
+
+type webhookConfig struct {
+	Name    string   `yaml:"name"`
+	URL     string   `yaml:"url"`
+	Secrets []string `yaml:"secret_files"` // each whsec_…; several while one is replaced
 }
 
 func (c *approvalConfig) check() error {
@@ -70,12 +92,15 @@ type approvalOptions struct {
 	owners   map[string][]string
 	login    auth.PeopleConfig
 	passkeys passkeysConfig
+	outbox   string                          // file
+	slack    *slack.Config                   // token, secret, team, channel, URL and LinkFor alone; nil: no Slack
+	webhooks []webhook.Config                //
 	tokens   bool                            // API tokens speak for people: in dev alone
 	provider func(http.Handler) http.Handler // dev's own OpenID provider before the other routes; nil: none
 }
 
-// options reads what the section names.
-func (c *approvalConfig) options() (*approvalOptions, error) {
+// options reads what the section names; dir is the recorder's own.
+func (c *approvalConfig) options(dir string) (*approvalOptions, error) {
 	set, err := scopes.Open(c.Catalogue, c.Policy)
 	if err != nil {
 		return nil, fmt.Errorf("approval: %w", err)
@@ -93,6 +118,29 @@ func (c *approvalConfig) options() (*approvalOptions, error) {
 		if o.login.ClientSecret, err = readSecret(c.OIDC.ClientSecret); err != nil {
 			return nil, fmt.Errorf("approval.oidc.client_secret_file: %w", err)
 		}
+	}
+	if o.outbox = c.Outbox; o.outbox == "" {
+		o.outbox = filepath.Join(dir, "outbox.db")
+	}
+	if s := c.Slack; s != nil {
+		o.slack = &slack.Config{Team: s.Team, Channel: s.Channel, APIURL: s.APIURL, LinkFor: s.LinkFor}
+		if o.slack.Token, err = readSecret(s.Token); err != nil {
+			return nil, fmt.Errorf("approval.slack.token_file: %w", err)
+		}
+		if o.slack.SigningSecret, err = readSecret(s.SigningSecret); err != nil {
+			return nil, fmt.Errorf("approval.slack.signing_secret_file: %w", err)
+		}
+	}
+	for i, w := range c.Webhooks {
+		one := webhook.Config{Name: w.Name, URL: w.URL}
+		for _, file := range w.Secrets {
+			secret, err := readSecret(file)
+			if err != nil {
+				return nil, fmt.Errorf("approval.webhooks[%d].secret_files: %w", i, err)
+			}
+			one.Secrets = append(one.Secrets, secret)
+		}
+		o.webhooks = append(o.webhooks, one)
 	}
 	return o, nil
 }
@@ -116,6 +164,9 @@ type decisions struct {
 	approvals *approvals.Approvals
 	login     *auth.People
 	server    *approve.Server
+	slack     *slack.Slack   // nil: no Slack
+	outbox    *outbox.Outbox // nil: nobody is told
+	tell      func()         // ends telling people of their passkeys
 }
 
 // openDecisions opens the pages and calls of people who decide.
@@ -136,14 +187,24 @@ func openDecisions(ctx context.Context, o *peopleOptions, p *people) (*decisions
 	}); err != nil {
 		return nil, err
 	}
+	if err := d.openNotices(ctx, o, p); err != nil {
+		d.close(o.log)
+		return nil, err
+	}
 	guard := &auth.Guard{People: d.login, Refusals: p.refusals}
 	if a.tokens {
 		guard.Tokens = o.tokens
 	}
-	pages, err := approve.NewHTML(approve.HTMLConfig{
-		Judge: d.approvals, CSRF: d.login.CSRF, Scopes: a.scopes, Enrol: true, ActivateAfter: a.passkeys.ActivateAfter,
-	})
+	html := approve.HTMLConfig{
+		Judge: d.approvals, CSRF: d.login.CSRF, Scopes: a.scopes, Enrol: true,
+		ActivateAfter: a.passkeys.ActivateAfter, PasskeyAdmins: a.passkeys.Admins,
+	}
+	if d.slack != nil {
+		html.Slack, html.Message = d.slack, d.message
+	}
+	pages, err := approve.NewHTML(html)
 	if err != nil {
+		d.close(o.log)
 		return nil, err
 	}
 	d.server = approve.New(approve.Config{Approvals: d.approvals, Guard: guard, Pages: pages, People: d.login})
@@ -155,6 +216,9 @@ func (d *decisions) routes(r chi.Router) {
 	r.Group(func(r chi.Router) {
 		r.Use(server.Limit(server.MaxBody)) // writers' bodies alone are larger
 		d.login.Routes(r)
+		if d.slack != nil {
+			r.Method(http.MethodPost, "/slack/interactions", d.slack.Interactions())
+		}
 		r.Group(func(r chi.Router) {
 			r.Use(d.login.ToLogin)
 			d.server.Routes(r)
@@ -169,9 +233,108 @@ func (d *decisions) drain() {
 	}
 }
 
+// openNotices opens what tells Slack and webhooks. The ledger's lock is held by
+// then, so that one recorder alone tells.
+func (d *decisions) openNotices(ctx context.Context, o *peopleOptions, p *people) error {
+	a := o.approval
+	var senders []outbox.Sender
+	if a.slack != nil {
+		c := *a.slack
+		c.Approvals, c.Ledger, c.Record = d.approvals, p.ledger, p.self.Record
+		c.PrivacyKey, c.TrustDomain, c.Name, c.Log = o.ledger.PrivacyKey, o.trustDomain, recorderName, o.log.Named("slack")
+		var err error
+		if d.slack, err = slack.New(ctx, c); err != nil {
+			return err
+		}
+		senders = append(senders, d.slack)
+		d.login.OnLogin = func(ctx context.Context, who auth.Person) {
+			if err := d.slack.Login(ctx, approvals.Person{Name: who.Name, Groups: who.Groups}); err != nil {
+				o.log.Warn("the groups of a linked Slack account were not renewed", zap.Error(err))
+			}
+		}
+	}
+	for _, c := range a.webhooks {
+		e, err := webhook.New(c)
+		if err != nil {
+			return err
+		}
+		senders = append(senders, e)
+	}
+	if len(senders) == 0 {
+		return nil
+	}
+	var err error
+	if d.outbox, err = outbox.Open(ctx, outbox.Config{File: a.outbox, Source: d.approvals, Senders: senders, Log: o.log.Named("outbox")}); err != nil {
+		return err
+	}
+	if d.slack != nil {
+		d.tellOwners(o.log)
+		go func() { // Slack may be down; nobody waits for it
+			ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
+			defer cancel()
+			if err := d.slack.Check(ctx); err != nil {
+				o.log.Warn("Slack does not take this configuration", zap.Error(err))
+			}
+		}()
+	}
+	return nil
+}
+
+// tellOwners tells people in Slack what happens to their passkeys, so that one
+// which they did not enrol themselves is noticed.
+func (d *decisions) tellOwners(log *zap.Logger) {
+	events, stop := d.approvals.Subscribe()
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for e := range events {
+			if e.Kind != approvals.EventPasskey || e.Passkey == nil {
+				continue
+			}
+			k := e.Passkey
+			is := "enrolled"
+			switch {
+			case !k.Revoked.IsZero():
+				is = "revoked"
+			case k.Active:
+				is = "active"
+			}
+			text := fmt.Sprintf("A passkey in your name is %s at the approval page: %q. If that was not you, revoke it there and tell your security team.", is, k.Label)
+			ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+			if err := d.slack.Tell(ctx, approvals.Person{Name: k.Person}, text); err != nil {
+				log.Warn("a person was not told of a passkey", zap.String("passkey", k.ID), zap.Error(err))
+			}
+			cancel()
+		}
+	}()
+	d.tell = func() { stop(); <-done }
+}
+
+// message is the address of the Slack message about an approval.
+func (d *decisions) message(ctx context.Context, approval string) string {
+	place, err := d.outbox.Place(ctx, d.slack.Name(), approval)
+	if err != nil || place == "" {
+		return ""
+	}
+	return d.slack.Permalink(place)
+}
+
 func (d *decisions) close(log *zap.Logger) {
 	if d == nil {
 		return
+	}
+	if d.tell != nil {
+		d.tell()
+	}
+	if d.outbox != nil {
+		if err := d.outbox.Close(); err != nil {
+			log.Error("the outbox did not close cleanly", zap.Error(err))
+		}
+	}
+	if d.slack != nil {
+		if err := d.slack.Close(); err != nil {
+			log.Error("Slack did not close cleanly", zap.Error(err))
+		}
 	}
 	if err := d.approvals.Close(); err != nil {
 		log.Error("the approvals did not close cleanly", zap.Error(err))

@@ -104,7 +104,7 @@ func (c *recordConfig) options(log *zap.Logger) (*peopleOptions, error) {
 	}
 	o.tokenFile = c.Tokens
 	if c.Approval != nil {
-		if o.approval, err = c.Approval.options(); err != nil {
+		if o.approval, err = c.Approval.options(c.Dir); err != nil {
 			return nil, err
 		}
 	}
@@ -133,6 +133,7 @@ const recorderName = "recorder"
 // people is the people's side: the ledger and the APIs over it.
 type people struct {
 	ledger    *ledger.Ledger
+	self      record.Self // appends in the recorder's own name
 	refusals  *auth.Refusals
 	writers   *record.Server
 	decisions *decisions // nil: nobody is asked for an approval
@@ -147,7 +148,7 @@ func openPeople(ctx context.Context, o *peopleOptions) (*people, error) {
 		return nil, err
 	}
 	self := record.Self{Ledger: l, Name: recorderName, TrustDomain: o.trustDomain}
-	p := &people{ledger: l, log: o.log, refusals: auth.NewRefusals(o.trustDomain, o.log.Named("auth"), self.Record)}
+	p := &people{ledger: l, self: self, log: o.log, refusals: auth.NewRefusals(o.trustDomain, o.log.Named("auth"), self.Record)}
 	if err := self.Announce(ctx, writers(o)); err != nil {
 		p.close()
 		return nil, err
