@@ -51,7 +51,7 @@ type Credential struct {
 	IssuedAt   time.Time      `json:"issued_at,omitzero"`
 	ExpiresAt  time.Time      `json:"expires_at,omitzero"`
 	ExpiresIn  int64          `json:"expires_in,omitzero"` // seconds
-	Approval   *Approval      `json:"approval,omitzero"` // nil: nobody had to approve
+	Approval   *Approval      `json:"approval,omitzero"`   // nil: nobody had to approve
 	Ledger     Place          `json:"ledger"`
 	Receipt    string         `json:"receipt,omitzero"` // C2SP tlog-proof
 
