@@ -54,15 +54,16 @@ func (b *Broker) ask(ctx context.Context, p *plan) (*Reply, error) {
 }
 
 // excluded are the pseudonyms of the people who own the caller, and of the
-// person that a subject without a prefix may mean: "ada" is user:ada too.
+// person that a subject written otherwise may mean: "Ada" is user:ada too.
 func (b *Broker) excluded(p *plan) []string {
 	out := []string{}
 	for _, o := range p.caller.Owners {
 		out = append(out, b.PrivacyKey.Pseudonym(o))
 	}
 	if s := p.ask.Subject; s != "" {
-		for _, name := range []string{strings.ToLower(s), "user:" + s, "user:" + strings.ToLower(s)} {
-			if id := b.PrivacyKey.Pseudonym(name); name != s && !slices.Contains(out, id) {
+		name := "user:" + strings.TrimPrefix(s, "user:")
+		for _, other := range []string{name, strings.ToLower(name)} {
+			if id := b.PrivacyKey.Pseudonym(other); other != s && !slices.Contains(out, id) {
 				out = append(out, id)
 			}
 		}

@@ -31,9 +31,15 @@ type approvalConfig struct {
 	Owners    map[string][]string `yaml:"owners"`    // orchestrator to the people who own it, as user:NAME
 	OIDC      oidcConfig          `yaml:"oidc"`
 	Passkeys  passkeysConfig      `yaml:"passkeys"`
-	Slack     *slackConfig        `yaml:"slack"`
-	Webhooks  []webhookConfig     `yaml:"webhooks"`
 	Outbox    string              `yaml:"outbox"` // file of what Slack and webhooks are to be told; DIR/outbox.db by default
+
+	noticesConfig `yaml:",inline"`
+}
+
+// noticesConfig says who is told of approvals.
+type noticesConfig struct {
+	Slack    *slackConfig    `yaml:"slack"`
+	Webhooks []webhookConfig `yaml:"webhooks"`
 }
 
 type oidcConfig struct {
@@ -122,13 +128,18 @@ func (c *approvalConfig) options(dir string) (*approvalOptions, error) {
 	if o.outbox = c.Outbox; o.outbox == "" {
 		o.outbox = filepath.Join(dir, "outbox.db")
 	}
+	return o, c.noticesConfig.read(o)
+}
+
+// read reads the secrets that c names into o.
+func (c *noticesConfig) read(o *approvalOptions) (err error) {
 	if s := c.Slack; s != nil {
 		o.slack = &slack.Config{Team: s.Team, Channel: s.Channel, APIURL: s.APIURL, LinkFor: s.LinkFor}
 		if o.slack.Token, err = readSecret(s.Token); err != nil {
-			return nil, fmt.Errorf("approval.slack.token_file: %w", err)
+			return fmt.Errorf("slack.token_file: %w", err)
 		}
 		if o.slack.SigningSecret, err = readSecret(s.SigningSecret); err != nil {
-			return nil, fmt.Errorf("approval.slack.signing_secret_file: %w", err)
+			return fmt.Errorf("slack.signing_secret_file: %w", err)
 		}
 	}
 	for i, w := range c.Webhooks {
@@ -136,13 +147,13 @@ func (c *approvalConfig) options(dir string) (*approvalOptions, error) {
 		for _, file := range w.Secrets {
 			secret, err := readSecret(file)
 			if err != nil {
-				return nil, fmt.Errorf("approval.webhooks[%d].secret_files: %w", i, err)
+				return fmt.Errorf("webhooks[%d].secret_files: %w", i, err)
 			}
 			one.Secrets = append(one.Secrets, secret)
 		}
 		o.webhooks = append(o.webhooks, one)
 	}
-	return o, nil
+	return nil
 }
 
 // gate is what the recorder's own catalogue says of entries that writers bring.

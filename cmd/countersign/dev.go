@@ -44,8 +44,8 @@ const (
 
 // devFlags are the flags of `countersign dev`.
 type devFlags struct {
-	dir, addr, vault, vaultToken, postgres, readyFile string
-	out                                               io.Writer // the banner
+	dir, addr, vault, vaultToken, postgres, readyFile, notify string
+	out                                                       io.Writer // the banner
 }
 
 func devCommand() *cobra.Command {
@@ -71,6 +71,7 @@ and sets up the demo's engines, policies and roles there with --vault-token.`,
 	cmd.Flags().StringVar(&f.vault, "vault", "auto", "auto, none, or a Vault's URL")
 	cmd.Flags().StringVar(&f.vaultToken, "vault-token", "", "a token of the Vault named by its URL that may set up the demo there")
 	cmd.Flags().StringVar(&f.postgres, "postgres", "", "DSN of a PostgreSQL role that may create roles: adds the scopes orders-db:*")
+	cmd.Flags().StringVar(&f.notify, "notify", "", "YAML file with the sections slack and webhooks of a recorder's configuration, to try them out")
 	cmd.PersistentFlags().StringVar(&f.readyFile, "ready-file", "", "where to write addresses and tokens when everything answers (default DIR/dev.json)")
 	cmd.AddCommand(devShowCommand(&f))
 	return cmd
@@ -176,6 +177,15 @@ func runDev(ctx context.Context, f devFlags) error {
 	if o.approval, err = devApproval(f.dir, r.Recorder, set); err != nil {
 		return err
 	}
+	if f.notify != "" {
+		var c noticesConfig
+		if err := loadConfig(f.notify, &c); err != nil {
+			return err
+		}
+		if err := c.read(o.approval); err != nil {
+			return fmt.Errorf("%s: %w", f.notify, err)
+		}
+	}
 	people, err := openPeople(ctx, o)
 	if err != nil {
 		return err
@@ -237,6 +247,8 @@ Try, in another terminal:
   export COUNTERSIGN_ADDR=%[1]s COUNTERSIGN_TOKEN=$(countersign dev show %[6]s orchestrators.demo)
   countersign run --scope vault:demo-read --run run-1 --step s1 -- env
   countersign request --scope identity:step --run run-1 --step s2
+  countersign request --scope vault:demo-write --run run-1 --step s3 --reason "rotate it" --wait 5m
+  and approve that at %[2]s/approvals, as approver-a
 
   export COUNTERSIGN_RECORDER=%[2]s COUNTERSIGN_TOKEN=$(countersign dev show %[6]s reviewers.reviewer-a)
   countersign history

@@ -133,7 +133,7 @@ func devApproval(dir, recorder string, set *scopes.InForce) (*approvalOptions, e
 		return nil, err
 	}
 	return &approvalOptions{
-		baseURL: recorder, scopes: set, tokens: true,
+		baseURL: recorder, scopes: set, tokens: true, outbox: filepath.Join(dir, "outbox.db"),
 		login: auth.PeopleConfig{
 			Issuer: recorder + under, ClientID: client, BaseURL: recorder,
 			Roles: map[auth.Role][]string{auth.Reviewer: {devReviewers}, auth.Responder: {devResponders}},
