@@ -151,8 +151,8 @@ func (a *Approvals) apply(e *store.Entry, leaf []byte, index int64) error {
 func (a *Approvals) followLoop() {
 	defer a.tasks.Done()
 	for a.ctx.Err() == nil {
-		err := a.c.Ledger.Follow(a.ctx, a.next-1, func(news *store.Appended) error {
-			for _, p := range news.Entries {
+		err := a.c.Ledger.FollowLeaves(a.ctx, a.next-1, func(news []store.Proven) error {
+			for _, p := range news {
 				if a.concerns(p.Leaf) {
 					if err := a.take(p); err != nil {
 						return err

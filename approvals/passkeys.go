@@ -12,9 +12,6 @@ import (
 	"unicode"
 	"unicode/utf8"
 
-	"github.com/go-jose/go-jose/v4"
-	"github.com/go-json-experiment/json"
-	"github.com/go-json-experiment/json/jsontext"
 	"github.com/go-webauthn/webauthn/protocol"
 	"github.com/go-webauthn/webauthn/protocol/webauthncose"
 	"github.com/google/uuid"
@@ -27,15 +24,8 @@ import (
 const (
 	// EnrolmentLife is how long an enrolment may take, the fresh login included.
 	EnrolmentLife = 10 * time.Minute
-	// tokenLife is how old the fresh login's ID token may be.
-	tokenLife = 5 * time.Minute
-	// leeway is by how much the provider's clock may be ahead.
-	leeway = time.Minute
 	// maxKeys is how many passkeys of a person are not revoked.
 	maxKeys = 20
-	// maxIDToken is the longest ID token in bytes: a leaf holds its commitment
-	// alone, and what is submitted holds it too (store.MaxEntry).
-	maxIDToken = 32 << 10
 	// maxLabel is the longest label in bytes.
 	maxLabel = 100
 	// maxResponse is the longest answer of a browser in bytes.
@@ -53,9 +43,6 @@ var algorithms = []protocol.CredentialParameter{
 	{Type: protocol.PublicKeyCredentialType, Algorithm: webauthncose.AlgEdDSA},
 	{Type: protocol.PublicKeyCredentialType, Algorithm: webauthncose.AlgRS256},
 }
-
-// signing are the algorithms under which a provider may sign ID tokens.
-var signing = []jose.SignatureAlgorithm{jose.RS256, jose.RS384, jose.RS512, jose.PS256, jose.PS384, jose.PS512, jose.ES256, jose.ES384, jose.ES512, jose.EdDSA}
 
 // signs reports whether the key's signatures count.
 func (k *Passkey) signs() bool { return k.Active && k.Revoked.IsZero() }
@@ -235,8 +222,15 @@ func (a *Approvals) FinishEnrolment(ctx context.Context, p Person, id string, t 
 	if !ok || e.details == nil {
 		return nil, fmt.Errorf("%w: no such enrolment is under way, or it is over; begin again", ErrEnrolment)
 	}
-	key, err := a.anchored(p, e.nonce, t)
-	if err != nil {
+	d := *e.details
+	d.Issuer, d.Client, d.Claim, d.ProviderKey = t.Issuer, t.ClientID, a.c.NameClaim, t.JWK
+	s := a.entry(store.PasskeyEnrolled, "passkey.enroll")
+	s.Person = store.Ptr(a.pseudonym(p))
+	// That the key is one of the provider's was seen at the login; a verifier sees
+	// to it again, with keys from elsewhere.
+	at := s.Entry
+	at.Time = s.WriterTime
+	if err := d.CheckAnchor(a.c.Origin, &at, p.Name, t.IDToken, t.JWK); err != nil {
 		return nil, fmt.Errorf("%w: the fresh login: %w", ErrEnrolment, err)
 	}
 	a.keys.Lock()
@@ -257,10 +251,6 @@ func (a *Approvals) FinishEnrolment(ctx context.Context, p Person, id string, t 
 	if mine >= maxKeys {
 		return nil, fmt.Errorf("%w: %d passkeys are enrolled; revoke one first", ErrEnrolment, maxKeys)
 	}
-	d := *e.details
-	d.Issuer, d.Client, d.ProviderKey = t.Issuer, t.ClientID, key
-	s := a.entry(store.PasskeyEnrolled, "passkey.enroll")
-	s.Person = store.Ptr(a.pseudonym(p))
 	s.SetDetails(d)
 	s.Seal(store.SealedIDToken, t.IDToken)
 	s.Seal(store.SealedPerson, p.Name)
@@ -272,67 +262,6 @@ func (a *Approvals) FinishEnrolment(ctx context.Context, p Person, id string, t 
 		return nil, err
 	}
 	return a.keyByID(ctx, a.pseudonym(p), s.ID)
-}
-
-// anchored checks the ID token of a fresh login and returns the provider's
-// public key that signed it. That this is one of the provider's keys was seen at
-// the login, and a verifier sees to it again with keys from elsewhere.
-func (a *Approvals) anchored(p Person, nonce string, t Anchor) (jsontext.Value, error) {
-	if len(t.IDToken) > maxIDToken {
-		return nil, fmt.Errorf("an ID token of %d bytes, at most %d", len(t.IDToken), maxIDToken)
-	}
-	var key jose.JSONWebKey
-	if err := key.UnmarshalJSON(t.JWK); err != nil || !key.Valid() || !key.IsPublic() {
-		return nil, fmt.Errorf("the provider's key is no public JWK")
-	}
-	signed, err := jose.ParseSignedCompact(t.IDToken, signing)
-	if err != nil {
-		return nil, fmt.Errorf("the ID token: %w", err)
-	}
-	payload, err := signed.Verify(key)
-	if err != nil {
-		return nil, fmt.Errorf("the ID token is not signed with the provider's key")
-	}
-	var claims map[string]jsontext.Value
-	if err := json.Unmarshal(payload, &claims); err != nil {
-		return nil, fmt.Errorf("the ID token's claims cannot be read")
-	}
-	text := func(name string) (s string) {
-		if json.Unmarshal(claims[name], &s) != nil {
-			return ""
-		}
-		return s
-	}
-	number := func(name string) time.Time {
-		var n float64
-		if json.Unmarshal(claims[name], &n) != nil || n < 0 || n > 1<<40 {
-			return time.Time{}
-		}
-		return time.Unix(int64(n), 0)
-	}
-	var audience []string
-	if one := text("aud"); one != "" {
-		audience = []string{one}
-	} else if json.Unmarshal(claims["aud"], &audience) != nil {
-		audience = nil
-	}
-	now := a.c.Now()
-	switch iat := number("iat"); {
-	case t.Issuer == "" || text("iss") != t.Issuer:
-		return nil, fmt.Errorf("the ID token is another issuer's")
-	case t.ClientID == "" || !slices.Contains(audience, t.ClientID):
-		return nil, fmt.Errorf("the ID token is for another client")
-	case text("nonce") != nonce:
-		return nil, fmt.Errorf("the ID token does not vouch for this passkey")
-	case iat.IsZero() || now.Sub(iat) > tokenLife || iat.Sub(now) > leeway:
-		return nil, fmt.Errorf("the ID token is not fresh")
-	case !number("exp").After(now.Add(-leeway)):
-		return nil, fmt.Errorf("the ID token has expired")
-	case text(a.c.NameClaim) == "" || "user:"+text(a.c.NameClaim) != p.Name:
-		return nil, fmt.Errorf("the ID token is another person's")
-	}
-	b, err := key.MarshalJSON()
-	return jsontext.Value(b), err
 }
 
 // keyByID returns one passkey of a person.

@@ -186,6 +186,16 @@ type Vote struct {
 // per group of the rule; met says that no seat is empty.
 func (r *Rule) Tally(votes []Vote) (filled []int, met bool) {
 	filled = make([]int, len(r.Groups))
+	var people []Vote // each person once, in all groups of their votes
+	at := map[string]int{}
+	for _, v := range votes {
+		if i, ok := at[v.Person]; ok {
+			people[i].Groups = slices.Concat(people[i].Groups, v.Groups)
+			continue
+		}
+		at[v.Person] = len(people)
+		people = append(people, v)
+	}
 	var seats []int // by seat, the index of its group
 	for g, x := range r.Groups {
 		for range x.Count {
@@ -196,7 +206,7 @@ func (r *Rule) Tally(votes []Vote) (filled []int, met bool) {
 	var seat func(vote int, tried []bool) bool
 	seat = func(vote int, tried []bool) bool {
 		for s, g := range seats {
-			if tried[s] || !slices.Contains(votes[vote].Groups, r.Groups[g].Group) {
+			if tried[s] || !slices.Contains(people[vote].Groups, r.Groups[g].Group) {
 				continue
 			}
 			tried[s] = true
@@ -207,11 +217,8 @@ func (r *Rule) Tally(votes []Vote) (filled []int, met bool) {
 		}
 		return false
 	}
-	seen := map[string]bool{}
-	for v := range votes {
-		if !seen[votes[v].Person] && seat(v, make([]bool, len(seats))) {
-			seen[votes[v].Person] = true
-		}
+	for v := range people {
+		seat(v, make([]bool, len(seats)))
 	}
 	met = true
 	for s, v := range sitting {

@@ -47,6 +47,9 @@ func (d *EnrolledDetails) Nonce(origin, person string) string {
 // key may lie.
 const EnrolmentFresh = 5 * time.Minute
 
+// EnrolmentLeeway is by how much the provider's clock may be ahead.
+const EnrolmentLeeway = time.Minute
+
 // ErrAnchor is wrapped by every reason why an ID token does not anchor a key.
 var ErrAnchor = errors.New("the ID token does not anchor the key")
 
@@ -59,7 +62,10 @@ func (d *EnrolledDetails) CheckAnchor(origin string, e *Entry, person, idToken s
 		return fmt.Errorf("%w: %w", ErrAnchor, fmt.Errorf(format, x...))
 	}
 	var jwk jose.JSONWebKey
-	if err := jwk.UnmarshalJSON(key); err != nil || !jwk.IsPublic() {
+	if len(idToken) > MaxEntry || len(key) > MaxEntry {
+		return refuse("it is too long")
+	}
+	if err := jwk.UnmarshalJSON(key); err != nil || !jwk.Valid() || !jwk.IsPublic() {
 		return refuse("the provider's key is no public JWK")
 	}
 	// Asymmetric algorithms alone: an HMAC proves nothing about who signed.
@@ -78,6 +84,7 @@ func (d *EnrolledDetails) CheckAnchor(origin string, e *Entry, person, idToken s
 		Azp    string         `json:"azp"`
 		Nonce  string         `json:"nonce"`
 		Issued float64        `json:"iat"`
+		Ends   float64        `json:"exp"`
 	}
 	var all map[string]any
 	if err := json.Unmarshal(payload, &claims); err != nil {
@@ -100,14 +107,16 @@ func (d *EnrolledDetails) CheckAnchor(origin string, e *Entry, person, idToken s
 	name, _ := all[d.Claim].(string)
 	age := e.Time.Sub(time.Unix(int64(claims.Issued), 0))
 	switch {
-	case err != nil || !slices.Contains(audience, d.Client) || claims.Azp != "" && claims.Azp != d.Client || len(audience) > 1 && claims.Azp == "":
+	case err != nil || d.Client == "" || !slices.Contains(audience, d.Client) || claims.Azp != "" && claims.Azp != d.Client || len(audience) > 1 && claims.Azp == "":
 		return refuse("it is for another client")
-	case claims.Issuer != d.Issuer:
+	case d.Issuer == "" || claims.Issuer != d.Issuer:
 		return refuse("it is by another provider")
 	case claims.Nonce == "" || claims.Nonce != d.Nonce(origin, owner):
 		return refuse("it vouches for another key")
-	case age > EnrolmentFresh || age < -EnrolmentFresh:
+	case age > EnrolmentFresh || age < -EnrolmentLeeway:
 		return refuse("the login lies %s before the enrolment", age.Round(time.Second))
+	case !time.Unix(int64(claims.Ends), 0).After(e.Time.Time):
+		return refuse("it had expired")
 	case name == "" || "user:"+name != person:
 		return refuse("it names another person")
 	}

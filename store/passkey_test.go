@@ -317,7 +317,7 @@ func TestAnIDTokenAnchorsItsOwnKeyAlone(t *testing.T) {
 	e := entryAt(PasskeyEnrolled, now, d)
 	e.Person = Ptr("p-alice")
 	base := func() map[string]any {
-		return map[string]any{"iss": d.Issuer, "aud": d.Client, "sub": "1", "preferred_username": "alice", "iat": now.Add(-time.Minute).Unix(), "nonce": d.Nonce("log.example", "p-alice")}
+		return map[string]any{"iss": d.Issuer, "aud": d.Client, "sub": "1", "preferred_username": "alice", "iat": now.Add(-time.Minute).Unix(), "exp": now.Add(time.Minute).Unix(), "nonce": d.Nonce("log.example", "p-alice")}
 	}
 	sign := func(alg jose.SignatureAlgorithm, key any, claims map[string]any) string {
 		s, err := jose.NewSigner(jose.SigningKey{Algorithm: alg, Key: key}, nil)
@@ -364,6 +364,7 @@ func TestAnIDTokenAnchorsItsOwnKeyAlone(t *testing.T) {
 		"a login authorized for another app": {d, with("azp", "other-app"), "user:alice", "log.example"},
 		"another provider":                   {d, with("iss", "https://evil.example"), "user:alice", "log.example"},
 		"an old login":                       {d, with("iat", now.Add(-6*time.Minute).Unix()), "user:alice", "log.example"},
+		"an expired token":                   {d, with("exp", now.Add(-time.Second).Unix()), "user:alice", "log.example"},
 		"an HMAC over the public key":        {d, sign(jose.HS256, point, base()), "user:alice", "log.example"},
 		"no token":                           {d, "", "user:alice", "log.example"},
 		"no signature":                       {d, good[:strings.LastIndex(good, ".")+1], "user:alice", "log.example"},

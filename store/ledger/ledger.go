@@ -382,6 +382,21 @@ func (l *Ledger) headLoop() {
 	}
 }
 
+// snapshotOf is snapshot of one request, and of the one whose standing approval
+// it draws on.
+func (l *Ledger) snapshotOf(request string) (*head, []*store.Request) {
+	l.mu.RLock()
+	defer l.mu.RUnlock()
+	var rs []*store.Request
+	if r := l.open[request]; r != nil {
+		rs = append(rs, r)
+		if from := l.open[r.Standing]; from != nil {
+			rs = append(rs, from)
+		}
+	}
+	return l.head.Load(), rs
+}
+
 // snapshot returns the head and the requests that belong to it.
 func (l *Ledger) snapshot() (*head, []*store.Request) {
 	l.mu.RLock()

@@ -23,20 +23,20 @@ const followAtMost = 256
 // With a request named it returns that one alone, also where it is closed and
 // only its idempotency key is remembered; none where it is neither.
 func (l *Ledger) OpenSet(ctx context.Context, request string) (*store.Appended, error) {
-	h, rs := l.snapshot()
+	var h *head
+	var rs []*store.Request
+	if request == "" {
+		h, rs = l.snapshot()
+	} else {
+		h, rs = l.snapshotOf(request)
+	}
 	var idx []int64
 	var people []string
-	from := "" // whose standing approval the named request draws on
 	for _, r := range rs {
-		if r.ID == request {
-			from = r.Standing
-		}
-	}
-	for _, r := range rs {
-		switch {
-		case request != "" && r.ID != request && r.ID != from, request == "" && !r.Open():
+		if request == "" && !r.Open() {
 			continue
-		case r.Pending != nil:
+		}
+		if r.Pending != nil {
 			idx = append(idx, r.Pending.Index)
 			for _, v := range r.Pending.Votes {
 				people = append(people, v.Person)
@@ -114,6 +114,22 @@ func (l *Ledger) leaves(ctx context.Context, idx []int64) ([]store.Proven, error
 // as it happens, until ctx ends, fn fails, or the ledger stops; it returns why.
 // Entries of one commit may come in several calls where they are many.
 func (l *Ledger) Follow(ctx context.Context, after int64, fn func(*store.Appended) error) error {
+	return l.follow(ctx, after, func(ps []store.Proven, h *head) error {
+		a, err := l.prove(ctx, ps, h)
+		if err != nil {
+			return l.readErr(err)
+		}
+		return fn(a)
+	})
+}
+
+// FollowLeaves is Follow without proofs, for who is in this process and needs
+// none.
+func (l *Ledger) FollowLeaves(ctx context.Context, after int64, fn func([]store.Proven) error) error {
+	return l.follow(ctx, after, func(ps []store.Proven, _ *head) error { return fn(ps) })
+}
+
+func (l *Ledger) follow(ctx context.Context, after int64, fn func([]store.Proven, *head) error) error {
 	next := max(after+1, 0)
 	for {
 		l.mu.RLock()
@@ -143,11 +159,7 @@ func (l *Ledger) Follow(ctx context.Context, after int64, fn func(*store.Appende
 			end = ps[len(ps)-1].Index + 1
 		}
 		if len(ps) > 0 {
-			a, err := l.prove(ctx, ps, h)
-			if err != nil {
-				return l.readErr(err)
-			}
-			if err := fn(a); err != nil {
+			if err := fn(ps, h); err != nil {
 				return err
 			}
 		}
