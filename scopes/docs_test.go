@@ -13,16 +13,16 @@ func TestTheExamplesOfThePolicyDocumentWork(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	block := func(kind string) string {
-		_, rest, ok := strings.Cut(string(doc), "```"+kind+"\n")
+	block := func(kind, begins string) string {
+		_, rest, ok := strings.Cut(string(doc), "```"+kind+"\n"+begins)
 		text, _, closed := strings.Cut(rest, "```")
 		if !ok || !closed {
-			t.Fatalf("docs/policy.md has no %s", kind)
+			t.Fatalf("docs/policy.md has no %s that begins with %s", kind, begins)
 		}
-		return text
+		return begins + text
 	}
 	dir := t.TempDir()
-	for name, text := range map[string]string{"catalogue.yaml": string(Demo(orders)), "policy.rego": block("rego"), "cases.yaml": block("yaml")} {
+	for name, text := range map[string]string{"catalogue.yaml": string(Demo(orders)), "policy.rego": block("rego", "package"), "cases.yaml": block("yaml", "catalogue:")} {
 		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
 			t.Fatal(err)
 		}
@@ -35,6 +35,12 @@ func TestTheExamplesOfThePolicyDocumentWork(t *testing.T) {
 		if len(r.Failures) > 0 {
 			t.Errorf("%s: %q", r.Name, r.Failures)
 		}
+	}
+	// Slack cannot ask for a passkey: the example shows the two keys, a scope has
+	// one of them.
+	approval := strings.NewReplacer("passkey: true", "passkey: false").Replace(block("yaml", "approval:"))
+	if _, err := Parse("example.yaml", []byte(approval+string(Demo(nil))[strings.Index(string(Demo(nil)), "\nscopes:"):]), "", nil); err != nil {
+		t.Errorf("the approval rule of the document: %v", err)
 	}
 	// Every field of the input and every key of a scope is told.
 	for field := range inputSchema["properties"].(map[string]any) {

@@ -33,7 +33,7 @@ type approvalConfig struct {
 	Passkeys  passkeysConfig      `yaml:"passkeys"`
 	Outbox    string              `yaml:"outbox"` // file of what Slack and webhooks are to be told; DIR/outbox.db by default
 
-	noticesConfig `yaml:",inline"`
+	Notices noticesConfig `yaml:",inline"`
 }
 
 // noticesConfig says who is told of approvals.
@@ -128,7 +128,7 @@ func (c *approvalConfig) options(dir string) (*approvalOptions, error) {
 	if o.outbox = c.Outbox; o.outbox == "" {
 		o.outbox = filepath.Join(dir, "outbox.db")
 	}
-	return o, c.noticesConfig.read(o)
+	return o, c.Notices.read(o)
 }
 
 // read reads the secrets that c names into o.

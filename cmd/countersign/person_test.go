@@ -19,6 +19,9 @@ import (
 	"github.com/countersign-dev/countersign/approvals"
 )
 
+// manyApprovers are as many people of group dba as decide at one instant.
+const manyApprovers = 50
+
 // peoplesProvider is an OpenID provider of its own for the recorder whose pages
 // are at base, and the lines of record.yaml that name it.
 func peoplesProvider(t *testing.T, base, catalogue string) string {
@@ -26,10 +29,13 @@ func peoplesProvider(t *testing.T, base, catalogue string) string {
 	var provider *oidcdev.Provider
 	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { provider.Handler().ServeHTTP(w, r) }))
 	t.Cleanup(s.Close)
+	users := []oidcdev.User{{Name: "ann", Groups: []string{"dba"}}, {Name: "ben", Groups: []string{"dba", "sre"}}, {Name: "cat", Groups: []string{"sre"}}}
+	for i := range manyApprovers {
+		users = append(users, oidcdev.User{Name: fmt.Sprintf("dba-%d", i), Groups: []string{"dba"}})
+	}
 	var err error
 	provider, err = oidcdev.New(oidcdev.Options{
-		Issuer: s.URL, ClientID: "countersign", RedirectURIs: []string{base + "/login/callback"},
-		Users: []oidcdev.User{{Name: "ann", Groups: []string{"dba"}}, {Name: "ben", Groups: []string{"dba", "sre"}}, {Name: "cat", Groups: []string{"sre"}}},
+		Issuer: s.URL, ClientID: "countersign", RedirectURIs: []string{base + "/login/callback"}, Users: users,
 	})
 	if err != nil {
 		t.Fatal(err)
