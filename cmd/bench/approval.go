@@ -122,9 +122,40 @@ func (d *dev) approval(ctx context.Context, t *table) error {
 	return d.inbox(ctx, t)
 }
 
-// inbox measures the inbox page, and the memory of the process, while many
-// approvals wait.
+// inbox measures the inbox page, and the broker's memory, while many approvals
+// wait.
 func (d *dev) inbox(ctx context.Context, t *table) error {
+	if err := d.askMany(ctx); err != nil {
+		return err
+	}
+	f, err := t.measure(ctx, fmt.Sprintf("inbox page, %d pending", pending), "countersign", 1, func(ctx context.Context, _, _ int) error {
+		_, err := d.person(ctx, http.MethodGet, "/approvals", "text/html", nil)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	t.floor("inbox page p50, 10,000 pending", "at most 100 ms", ms(f.p50)+" ms", f.p50 <= 100*time.Millisecond)
+
+	// The broker as a process of its own: dev is a recorder and a provider too.
+	p, broker, err := d.startPair(ctx)
+	if err != nil {
+		return err
+	}
+	defer p.end()
+	if err := p.askMany(ctx); err != nil {
+		return err
+	}
+	rss, err := residentMiB(broker.Pid)
+	if err != nil {
+		return err
+	}
+	t.floor("memory of the broker, 10,000 pending", "at most 200 MiB", fmt.Sprintf("%d MiB", rss), rss <= 200)
+	return nil
+}
+
+// askMany asks for what waits then.
+func (d *dev) askMany(ctx context.Context) error {
 	fmt.Fprintf(os.Stderr, "asking for %d approvals\n", pending)
 	var wg sync.WaitGroup
 	next, failed := make(chan int), make(chan error, 1)
@@ -144,7 +175,6 @@ func (d *dev) inbox(ctx context.Context, t *table) error {
 			}
 		})
 	}
-	began := time.Now()
 	for range pending {
 		next <- int(serial.Add(1))
 	}
@@ -154,22 +184,8 @@ func (d *dev) inbox(ctx context.Context, t *table) error {
 	case err := <-failed:
 		return err
 	default:
+		return nil
 	}
-	fmt.Fprintf(os.Stderr, "asked in %s\n", time.Since(began).Round(time.Millisecond))
-	f, err := t.measure(ctx, fmt.Sprintf("inbox page, %d pending", pending), "countersign", 1, func(ctx context.Context, _, _ int) error {
-		_, err := d.person(ctx, http.MethodGet, "/approvals", "text/html", nil)
-		return err
-	})
-	if err != nil {
-		return err
-	}
-	rss, err := residentMiB(d.cmd.Process.Pid)
-	if err != nil {
-		return err
-	}
-	t.floor("inbox page p50, 10,000 pending", "at most 100 ms", ms(f.p50)+" ms", f.p50 <= 100*time.Millisecond)
-	t.floor("memory, 10,000 pending (broker and recorder)", "at most 200 MiB", fmt.Sprintf("%d MiB", rss), rss <= 200)
-	return nil
 }
 
 // residentMiB is the resident memory of a process (proc(5), VmRSS).

@@ -28,6 +28,7 @@ type dev struct {
 	postgres bool
 	cmd      *exec.Cmd
 	dir      string
+	end      func() // of a pair
 
 	mu    sync.Mutex
 	conns map[string]*conn
