@@ -24,6 +24,10 @@ const (
 // and only what is alike, so that it cannot hide another attempt either: who,
 // what and why are of few kinds. Nothing of the refused token is in an entry.
 type Refusals struct {
+	// PrivacyKey has people stand in entries as pseudonyms, their names sealed.
+	// Without it they stand by name; it is set before the first refusal.
+	PrivacyKey store.PrivacyKey
+
 	trustDomain string
 	record      func(context.Context, *store.Submission) error
 	log         *zap.Logger
@@ -90,8 +94,13 @@ func (f *Refusals) entry(p *Principal, d store.RefusedDetails) *store.Submission
 	}}
 	if p != nil {
 		s.Agent = p.Agent(f.trustDomain)
-		if p.Role == Orchestrator {
+		switch {
+		case p.Role == Orchestrator:
 			s.Orchestrator = p.Name
+		case len(f.PrivacyKey) > 0 && (p.Method == "session" || p.Role == Approver || p.Role == Responder):
+			who := f.PrivacyKey.Pseudonym(p.Person())
+			s.Agent, s.Person = "spiffe://"+f.trustDomain+"/person/"+who, store.Ptr(who)
+			s.Seal(store.SealedPerson, p.Person())
 		}
 	}
 	s.SetDetails(d)

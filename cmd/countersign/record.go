@@ -149,6 +149,7 @@ func openPeople(ctx context.Context, o *peopleOptions) (*people, error) {
 	}
 	self := record.Self{Ledger: l, Name: recorderName, TrustDomain: o.trustDomain}
 	p := &people{ledger: l, self: self, log: o.log, refusals: auth.NewRefusals(o.trustDomain, o.log.Named("auth"), self.Record)}
+	p.refusals.PrivacyKey = o.ledger.PrivacyKey
 	if err := self.Announce(ctx, writers(o)); err != nil {
 		p.close()
 		return nil, err
