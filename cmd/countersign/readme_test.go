@@ -61,7 +61,7 @@ func TestEveryCommandOfTheREADMERuns(t *testing.T) {
 	if err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
-	for _, want := range []string{`"kind":"vault_token"`, "a Vault token of ", "credential.issued", "verified: "} {
+	for _, want := range []string{`"kind":"vault_token"`, "a Vault token of ", "credential.issued", "approval.decided", "verified: "} {
 		if !strings.Contains(string(out), want) {
 			t.Errorf("the README's commands did not print %q:\n%s", want, out)
 		}
