@@ -98,7 +98,7 @@ func (b *tab) shoot(dir, name string) {
 	}{{"phone", 390, 844}, {"desktop", 1280, 900}} {
 		for _, colours := range []string{"light", "dark"} {
 			b.do(chromedp.EmulateViewport(size.width, size.height), chromedp.Func(func(ctx context.Context, t *chromedp.Target) error {
-				_, err := cdp.Call(ctx, t, emulation.SetEmulatedMedia, emulation.SetEmulatedMediaParams{Features: []*emulation.MediaFeature{{Name: "prefers-color-scheme", Value: colours}}})
+				_, err := cdp.Call(ctx, t, emulation.SetEmulatedMedia, emulation.SetEmulatedMediaParams{Features: []*emulation.MediaFeature{{Name: "prefers-color-scheme", Value: colours}, {Name: "prefers-reduced-motion", Value: "reduce"}}})
 				return err
 			}))
 			shot, err := chromedp.Run(b.ctx, chromedp.FullScreenshot(100))
