@@ -134,7 +134,6 @@ type approvalStory struct {
 	now                time.Time
 	rule               Rule
 	req, asked, intent *Entry
-	decisions, keys    []*Entry
 	auth               *authenticator
 	requested          string
 	signing            func(*approvalStory, *Entry, *DecidedDetails)

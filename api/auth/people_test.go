@@ -1050,7 +1050,7 @@ func newHostile(t *testing.T) *hostile {
 		h.mu.Lock()
 		nonces[code] = q.Get("nonce")
 		h.mu.Unlock()
-		http.Redirect(w, r, q.Get("redirect_uri")+"?code="+code+"&state="+url.QueryEscape(q.Get("state")), 302)
+		http.Redirect(w, r, q.Get("redirect_uri")+"?code="+code+"&state="+url.QueryEscape(q.Get("state")), http.StatusFound)
 	})
 	mux.HandleFunc("/token", func(w http.ResponseWriter, r *http.Request) {
 		h.mu.Lock()

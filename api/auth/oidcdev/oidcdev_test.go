@@ -78,8 +78,8 @@ var loginID = regexp.MustCompile(`name="id" value="([A-Z2-7]+)"`)
 // code logs user in at the authorize URL to and returns the code.
 func code(t *testing.T, issuer, to, user string) string {
 	t.Helper()
-	resp, body := get(t, to)
-	resp, body = get(t, resp.Header.Get("Location"))
+	resp, _ := get(t, to)
+	resp, body := get(t, resp.Header.Get("Location"))
 	m := loginID.FindStringSubmatch(body)
 	if resp.StatusCode != 200 || m == nil {
 		t.Fatalf("HTTP %d %s", resp.StatusCode, body)
