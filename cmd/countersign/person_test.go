@@ -51,21 +51,22 @@ approval:
 
 var formField = regexp.MustCompile(`name="([a-z_]+)" value="([^"]*)"`)
 
-// logIn logs user in at the recorder as `countersign login` does, with a browser
-// that clicks where a person would, and returns the terminal's token.
-func logIn(t *testing.T, recorder, user string) string {
+// clickThrough opens a terminal's login page as user's browser does, clicks where
+// the person would, and returns where the browser is sent in the end: to the
+// terminal.
+func clickThrough(t *testing.T, asks, user string) *url.URL {
 	t.Helper()
 	jar, err := cookiejar.New(nil)
 	if err != nil {
 		t.Fatal(err)
 	}
-	callback := ""
+	var callback *url.URL
 	browser := &http.Client{Jar: jar, CheckRedirect: func(r *http.Request, via []*http.Request) error {
 		if len(via) > 10 {
 			return fmt.Errorf("redirected in a circle, at last to %s", r.URL)
 		}
 		if r.URL.Path == "/callback" { // where the terminal would listen
-			callback = r.URL.Query().Get("code")
+			callback = r.URL
 			return http.ErrUseLastResponse
 		}
 		return nil
@@ -112,17 +113,24 @@ func logIn(t *testing.T, recorder, user string) string {
 		req.Header.Set("Accept", "text/html")
 		return read(browser.Do(req))
 	}
-	verifier := strings.Repeat("v", 43)
-	sum := sha256.Sum256([]byte(verifier))
-	asks := recorder + "/login/cli?port=40000&challenge=" + base64.RawURLEncoding.EncodeToString(sum[:])
 	page, at := get(asks)
 	if strings.Contains(page, `value="`+user+`"`) { // the provider's login
 		page, at = submit(at, page, url.Values{"user": {user}})
 	}
-	if callback == "" {
+	if callback == nil {
 		submit(at, page, nil)
 	}
-	body, _ := json.Marshal(map[string]string{"code": callback, "verifier": verifier})
+	return callback
+}
+
+// logIn logs user in at the recorder as `countersign login` does, and returns the
+// terminal's token.
+func logIn(t *testing.T, recorder, user string) string {
+	t.Helper()
+	verifier := strings.Repeat("v", 43)
+	sum := sha256.Sum256([]byte(verifier))
+	callback := clickThrough(t, recorder+"/login/cli?port=40000&challenge="+base64.RawURLEncoding.EncodeToString(sum[:]), user)
+	body, _ := json.Marshal(map[string]string{"code": callback.Query().Get("code"), "verifier": verifier})
 	res, err := http.Post(recorder+"/login/cli/token", "application/json", bytes.NewReader(body))
 	if err != nil {
 		t.Fatal(err)
