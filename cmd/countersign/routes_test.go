@@ -15,6 +15,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/countersign-dev/countersign/api/auth"
+	"github.com/countersign-dev/countersign/approvals/slack"
 	"github.com/countersign-dev/countersign/store"
 )
 
@@ -26,6 +27,7 @@ const (
 	ownSteps       // acts for the caller's own steps; what names another's is not found, or a step of its own of that name
 	public         // the same for everyone, and nothing of an entry
 	forbidden
+	browser // a person's login, or signed by Slack: a token changes nothing
 )
 
 // routes are all routes of serve and record. A new one belongs here, with a
@@ -56,6 +58,29 @@ var routes = map[string]map[string]reach{
 		"GET /tile/{level:[0-9]+}/*": public,
 		"GET /healthz":               public,
 		"GET /readyz":                public,
+
+		"GET /approvals":                 forbidden,
+		"GET /approvals/{id}":            forbidden,
+		"GET /approvals/events":          forbidden,
+		"GET /approvals/static/{file}":   forbidden,
+		"POST /approvals/{id}/challenge": forbidden,
+		"POST /approvals/{id}/decision":  forbidden,
+		"GET /passkeys":                  forbidden,
+		"POST /passkeys":                 forbidden,
+		"POST /passkeys/options":         forbidden,
+		"POST /passkeys/{id}/activate":   forbidden,
+		"POST /passkeys/{id}/revoke":     forbidden,
+		"DELETE /passkeys/{id}":          forbidden,
+		"GET /slack/link":                forbidden,
+		"POST /slack/link":               forbidden,
+		"GET /login":                     browser,
+		"GET /login/callback":            browser,
+		"GET /login/style.css":           browser,
+		"GET /login/cli":                 browser,
+		"POST /login/cli":                browser,
+		"POST /login/cli/token":          browser,
+		"POST /logout":                   browser,
+		"POST /slack/interactions":       browser,
 	},
 }
 
@@ -80,11 +105,16 @@ func newPlainHouse(t *testing.T) *plainHouse {
 	for _, o := range files.ready.Orchestrators {
 		h.tokens[o.Name] = o.Token
 	}
-	h.people, err = openPeople(t.Context(), files.people(zap.NewNop()))
-	must(t, err)
-	t.Cleanup(h.people.close)
 	set, err := devScopes(dir, "")
 	must(t, err)
+	o := files.people(zap.NewNop())
+	o.approval, err = devApproval(dir, "http://localhost:1", set)
+	must(t, err)
+	o.approval.provider = nil // dev's own, and no route of record
+	o.approval.slack = &slack.Config{Token: "xoxb-1", SigningSecret: "secret", Team: "T1", Channel: "C1", APIURL: "http://127.0.0.1:1/"}
+	h.people, err = openPeople(t.Context(), o)
+	must(t, err)
+	t.Cleanup(h.people.close)
 	h.machines, err = openDevBroker(t.Context(), files, h.people, "http://broker.example", "http://recorder.example", devVault{}, set, zap.NewNop())
 	must(t, err)
 	t.Cleanup(h.machines.close)
@@ -234,6 +264,10 @@ func TestNoRouteLetsAnOrchestratorReachTheLedgerOrAnothersSteps(t *testing.T) {
 						if status != 200 || said != anonymous {
 							t.Errorf("%d, and not the same as for anyone: %s", status, said)
 						}
+					case browser:
+						if want, _ := h.call(process, "", method, fill(pattern, victim), body); status != want && status != 401 {
+							t.Errorf("%d with the token, %d without", status, want)
+						}
 					case ownSteps:
 						if strings.Contains(pattern, "{id}") && (status != 404 || method != "HEAD" && !strings.Contains(said, "problems/not-found")) {
 							t.Errorf("another's request: %d %s", status, said)
@@ -289,7 +323,7 @@ func TestNoRouteLetsAnOrchestratorReachTheLedgerOrAnothersSteps(t *testing.T) {
 				if known[method+" "+pattern] != 0 || method == "HEAD" && known["GET "+pattern] != 0 {
 					continue
 				}
-				if status, said := h.call(process, "demo", method, fill(pattern, "other"), "{}"); status != 404 && status != 405 {
+				if status, said := h.call(process, "demo", method, fill(pattern, "other"), "{}"); status != 404 && status != 405 && status != 403 { // 403: the path is an {id} of a route that is forbidden
 					t.Errorf("%s: %s %s answers %d %s", process, method, pattern, status, said)
 				}
 			}
