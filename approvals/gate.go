@@ -3,6 +3,7 @@ package approvals
 import (
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/countersign-dev/countersign/scopes"
@@ -66,6 +67,8 @@ func (g *gate) requested() error {
 		return err
 	}
 	switch {
+	case g.entry.Decision.Outcome != store.Deny && g.shown(sc, &d.Grant) != nil:
+		return g.shown(sc, &d.Grant)
 	case d.Standing != nil:
 		if err := g.covers(sc, &d.Standing.Rule, d.Standing.Excluded); err != nil {
 			return err
@@ -90,7 +93,25 @@ func (g *gate) asked() error {
 	if err := g.covers(sc, &d.Rule, d.Excluded); err != nil {
 		return err
 	}
+	if err := g.shown(sc, &d.Grant); err != nil {
+		return err
+	}
 	return g.grants(&d.Grant)
+}
+
+// shown compares what stands beside the grant, and is shown first, with the
+// grant itself and with the catalogue.
+func (g *gate) shown(sc *scopes.Scope, d *store.Grant) error {
+	e := g.entry
+	switch {
+	case e.Resource != d.Target:
+		return &store.OrderError{Code: store.OrderMismatch, Message: "the entry names another target than its grant"}
+	case e.Risk == nil || e.Risk.Sensitivity != sc.Sensitivity:
+		return &store.OrderError{Code: store.OrderMismatch, Message: "the recorder's catalogue has another sensitivity for " + sc.Name}
+	case !strings.HasSuffix(e.Agent, "/orchestrator/"+e.Orchestrator+"/run/"+e.Run+"/step/"+e.Step):
+		return &store.OrderError{Code: store.OrderMismatch, Message: "the entry names another agent than its step's"}
+	}
+	return nil
 }
 
 // covers compares a rule with the scope's own. Where the scope has none, a

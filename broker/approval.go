@@ -26,6 +26,14 @@ func (b *Broker) ask(ctx context.Context, p *plan) (*Reply, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
+	if p.verdict.Rule.Standing != nil {
+		// A decision that was answered a moment ago may not have come here yet.
+		for _, id := range b.index.deciding(p.caller.Orchestrator, p.ask.Run) {
+			if _, err := b.refresh(ctx, id); err != nil {
+				return nil, err
+			}
+		}
+	}
 	for _, t := range b.index.standings(p.caller.Orchestrator, p.ask.Run, p.verdict.Grant.Scope, store.At(b.Now())) {
 		reply, err := b.draw(ctx, p, t.story.Request)
 		if reply != nil || err != nil {
@@ -384,6 +392,9 @@ func (b *Broker) collect(ctx context.Context, p *plan, id string, waited bool) (
 	if err := ctx.Err(); err != nil {
 		return nil, nil, err
 	}
+	if decided == nil && now.verdict.Err != nil {
+		return nil, nil, now.verdict.Err // nothing was decided: the approval stays
+	}
 	app, err := b.Recorder.Open(ctx, id)
 	if err != nil {
 		return nil, nil, unavailable(err)
@@ -429,7 +440,7 @@ func (b *Broker) collect(ctx context.Context, p *plan, id string, waited bool) (
 		switch r := oe.Request; {
 		case r == nil:
 			return nil, nil, ErrClosed
-		case r.Status == store.StatusApproved && !r.Minting:
+		case r.Status == store.StatusApproved && !r.Minting && oe.Code == store.OrderNotOpen:
 			// Approved, and not collected in time. The recorder closes it.
 			return nil, nil, &NotApproved{id, store.StatusExpired}
 		default:
@@ -459,7 +470,9 @@ func (b *Broker) draw(ctx context.Context, p *plan, from string) (*Reply, error)
 	excluded, rule := b.excluded(p), p.verdict.Rule
 	a := b.approvedIn(app, entries, from, p.verdict.Grant.Scope, true)
 	if a == nil || a.revoked || rule.Reasons.Approver && !a.reasons || rule.Passkey && !a.rule.Passkey ||
-		slices.ContainsFunc(a.terms, func(t termed) bool { return !issuer.MayStand(rule.Standing, t.terms, t.at) }) ||
+		slices.ContainsFunc(a.terms, func(t termed) bool {
+			return !issuer.MayStand(rule.Standing, t.terms, t.at) || rule.Hours != nil && !rule.Hours.Contains(t.at.Time)
+		}) ||
 		slices.ContainsFunc(a.people, func(who string) bool {
 			return slices.Contains(excluded, who) || p.ask.Subject != "" && who == b.PrivacyKey.Pseudonym(p.ask.Subject)
 		}) {

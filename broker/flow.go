@@ -55,6 +55,11 @@ func (b *Broker) Request(ctx context.Context, c Caller, ask Ask) (*Reply, error)
 	if ctx.Err() != nil {
 		return nil, ctx.Err()
 	}
+	if err == nil && p.verdict.Err != nil {
+		if t, waits := b.index.joined(p.join); waits && t.body == p.body {
+			return nil, p.verdict.Err // nothing was decided: what people are asked, or have approved, stays
+		}
+	}
 	if err != nil || p.verdict.Outcome == store.Deny {
 		// What people were asked about, or have approved, is given no more.
 		if t, waits := b.index.joined(p.join); waits && t.body == p.body {

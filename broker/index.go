@@ -441,6 +441,15 @@ func (x *index) joined(join string) (tracked, bool) {
 	return *t, true
 }
 
+// deciding returns the requests of a run that people may be deciding for all of
+// it, for all that is known here.
+func (x *index) deciding(orchestrator, run string) []string {
+	return x.pick(func(_ string, t *tracked) bool {
+		return t.pending != nil && t.pending.Rule.Standing != nil && t.story.Orchestrator == orchestrator && t.story.Run == run &&
+			(t.status == store.StatusPending || t.status == store.StatusApproved)
+	})
+}
+
 // standings returns the requests of a run whose approval may stand for scope
 // at now.
 func (x *index) standings(orchestrator, run, scope string, now store.Time) []tracked {
@@ -448,7 +457,7 @@ func (x *index) standings(orchestrator, run, scope string, now store.Time) []tra
 	defer x.mu.Unlock()
 	var out []tracked
 	for id := range x.standing {
-		if t := x.requests[id]; t != nil && t.pending != nil && t.story.Orchestrator == orchestrator && t.story.Run == run && t.pending.Terms(scope, now) != nil {
+		if t := x.requests[id]; t != nil && t.pending != nil && t.story.Orchestrator == orchestrator && t.story.Run == run && standsFor(t.pending, scope, now) {
 			out = append(out, *t)
 		}
 	}
@@ -582,4 +591,9 @@ func (x *index) wake(id string) {
 		default:
 		}
 	}
+}
+
+func standsFor(p *store.Pending, scope string, now store.Time) bool {
+	terms, _ := p.Terms(scope, now)
+	return terms != nil
 }

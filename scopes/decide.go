@@ -102,6 +102,10 @@ func (s *Set) Decide(ctx context.Context, ask Ask) (*Verdict, error) {
 			v.Outcome, v.Reasons = store.Deny, append(v.Reasons, reasonNobody)
 			return v, nil
 		}
+		if err := v.Rule.Valid(); err != nil {
+			v.Outcome, v.Reasons, v.Err = store.Deny, []string{reasonPolicy}, fmt.Errorf("%w: the rule that it makes: %w", ErrPolicy, err)
+			return v, nil
+		}
 		if err := reasonDue(v.Rule); err != nil {
 			return nil, err
 		}

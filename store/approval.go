@@ -158,11 +158,15 @@ func (r *Rule) And(o *Rule) *Rule {
 	sum.Expires, sum.Collect = min(r.Expires, o.Expires), min(r.Collect, o.Collect)
 	if sum.Hours == nil {
 		sum.Hours = o.Hours
+	} else if o.Hours != nil && o.Hours.String() != r.Hours.String() {
+		sum.Hours = &Hours{} // no instant lies in both for sure: none is taken
 	}
 	sum.Reasons.Requester = r.Reasons.Requester || o.Reasons.Requester
 	sum.Reasons.Approver = r.Reasons.Approver || o.Reasons.Approver
 	sum.Passkey, sum.Slack = r.Passkey || o.Passkey, r.Slack && o.Slack
-	if sum.Standing != nil && o.Standing == nil {
+	if r.Standing != nil && o.Standing != nil {
+		sum.Standing = &StandingLimit{min(r.Standing.Uses, o.Standing.Uses), min(r.Standing.For, o.Standing.For)}
+	} else {
 		sum.Standing = nil
 	}
 	return &sum
@@ -177,6 +181,7 @@ func (r *Rule) Has(groups []string) bool {
 type Vote struct {
 	Person   string         `json:"person"` // pseudonym
 	Groups   []string       `json:"groups"` // as the login said when the person decided
+	Time     Time           `json:"time"`   // of the decision's entry
 	Index    int64          `json:"index"`  // of the decision's entry
 	Standing *StandingTerms `json:"standing,omitzero"`
 }

@@ -81,11 +81,9 @@ type Pending struct {
 	Used      int      `json:"used"` // how often requests of the run drew on it
 }
 
-// Terms returns what p's approvals allow for the whole run in scope at now: nil
-// where they do not, or not any more.
-func (p *Pending) Terms(scope string, now Time) *StandingTerms {
-	var votes []Vote
-	var terms *StandingTerms
+// Terms returns what p's approvals allow for the whole run in scope at now, and
+// the votes that allow it: nil where they do not, or not any more.
+func (p *Pending) Terms(scope string, now Time) (terms *StandingTerms, votes []Vote) {
 	for _, v := range p.Votes {
 		if v.Standing == nil || !slices.Contains(v.Standing.Scopes, scope) || now.After(v.Standing.Until.Time) || p.Used >= v.Standing.Uses {
 			continue
@@ -96,20 +94,9 @@ func (p *Pending) Terms(scope string, now Time) *StandingTerms {
 		}
 	}
 	if _, met := p.Rule.Tally(votes); !met {
-		return nil
+		return nil, nil
 	}
-	return terms
-}
-
-// Standing returns the votes by which p's approvals hold for the whole run in
-// scope.
-func (p *Pending) standing(scope string) (votes []Vote) {
-	for _, v := range p.Votes {
-		if v.Standing != nil && slices.Contains(v.Standing.Scopes, scope) {
-			votes = append(votes, v)
-		}
-	}
-	return votes
+	return terms, votes
 }
 
 // Open reports whether r is still under way or has a live credential: what a
@@ -194,7 +181,8 @@ func NewState() *State {
 // Load adds a request as the recorder stored it.
 func (s *State) Load(r *Request) {
 	s.requests[r.ID] = r
-	if r.Join != "" {
+	// One that is closed and remembered gives way to one that is open.
+	if held := s.requests[s.joins[r.Join]]; r.Join != "" && (held == nil || r.Forget.IsZero()) {
 		s.joins[r.Join] = r.ID
 	}
 }
@@ -276,7 +264,11 @@ func (b *Batch) joined(join string, now Time) *Request {
 
 func (b *Batch) forget(r *Request) {
 	b.touched[r.ID] = nil
-	if r.Join != "" {
+	holder, ok := b.joins[r.Join]
+	if !ok {
+		holder = b.s.joins[r.Join]
+	}
+	if r.Join != "" && holder == r.ID {
 		b.joins[r.Join] = ""
 	}
 }
@@ -376,18 +368,22 @@ func (b *Batch) draw(e *Entry, r *Request, use *StandingUse) error {
 	if err := use.Rule.Valid(); err != nil {
 		return fmt.Errorf("%w: %w", ErrMalformed, err)
 	}
-	switch {
-	case from == nil || from.Pending == nil || !from.Stands():
+	if from == nil || from.Pending == nil || !from.Stands() {
 		return refuse("request " + use.Request + " carries no standing approval")
+	}
+	terms, votes := from.Pending.Terms(r.Scope, e.Time)
+	switch {
 	case from.Orchestrator != r.Orchestrator || from.Run != r.Run:
 		return refuse("the standing approval is of another run")
-	case from.Pending.Terms(r.Scope, e.Time) == nil:
+	case terms == nil:
 		return refuse("the standing approval does not cover " + r.Scope + ", is used up or over")
 	case use.Rule.Passkey && !from.Pending.Rule.Passkey:
 		return refuse("the standing approval was not signed with a passkey")
 	}
-	votes := from.Pending.standing(r.Scope)
 	for _, v := range votes {
+		if use.Rule.Hours != nil && !use.Rule.Hours.Contains(v.Time.Time) {
+			return refuse("the standing approval was given outside " + use.Rule.Hours.String())
+		}
 		if slices.Contains(use.Excluded, v.Person) || e.Subject != nil && e.Subject.ID == v.Person {
 			return refuse("the standing approval is by a person on the requester's side")
 		}
@@ -511,7 +507,7 @@ func (b *Batch) decided(e *Entry, index int64) error {
 		return nil
 	}
 	r.Pending = r.Pending.clone()
-	r.Pending.Votes = append(r.Pending.Votes, Vote{Person: *e.Person, Groups: d.Groups, Index: index, Standing: d.Standing})
+	r.Pending.Votes = append(r.Pending.Votes, Vote{Person: *e.Person, Groups: d.Groups, Time: e.Time, Index: index, Standing: d.Standing})
 	if _, met := r.Pending.Rule.Tally(r.Pending.Votes); met {
 		r.Status, r.Pending.Expires = StatusApproved, At(e.Time.Add(time.Duration(r.Pending.Rule.Collect)))
 	}
@@ -684,7 +680,9 @@ func (b *Batch) failed(e *Entry) error {
 		}
 	}
 	r.Minting = false
-	if r.Attempt == 1 && r.Pending != nil {
+	// What cannot be called back may be out where nobody heard the outcome: it is
+	// minted once, and people are asked again.
+	if r.Attempt == 1 && r.Pending != nil && (r.Revocable || e.Type == CredentialFailed) {
 		r.Attempt = 0 // what people approved may be tried again, as long as it may be collected
 		return nil
 	}

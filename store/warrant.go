@@ -177,6 +177,8 @@ func (a *Approval) verify(log *LogVerifier, req *Entry, rd *RequestedDetails, in
 			return nil, fmt.Errorf("decision %d is by a person on the requester's side", r.Index)
 		case ad.Rule.Hours != nil && !ad.Rule.Hours.Contains(e.Time.Time):
 			return nil, fmt.Errorf("decision %d was taken outside %s", r.Index, ad.Rule.Hours)
+		case rule.Hours != nil && !rule.Hours.Contains(e.Time.Time):
+			return nil, fmt.Errorf("decision %d was taken outside %s", r.Index, rule.Hours)
 		case rule.Reasons.Approver && e.Sealed[SealedReason] == "":
 			return nil, fmt.Errorf("decision %d gives no reason", r.Index)
 		case standing && (d.Standing == nil || !slices.Contains(d.Standing.Scopes, req.Action) || intent.Time.After(d.Standing.Until.Time)):

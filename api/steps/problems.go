@@ -46,6 +46,7 @@ func toProblem(err error) error {
 		is   error
 		make func(error) *problem.Problem
 	}{
+		{scopes.ErrPolicy, func(error) *problem.Problem { return problem.ScopeDenied("the policy could not be evaluated") }},
 		{broker.ErrMalformed, func(err error) *problem.Problem { return problem.Malformed(err.Error()) }},
 		{broker.ErrClosed, func(error) *problem.Problem {
 			return problem.RequestClosed("it was answered, ended or taken back, or another call is taking what it came to")

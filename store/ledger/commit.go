@@ -28,6 +28,7 @@ type line struct {
 	boxes []sealedText // encrypted openings
 	key   []byte       // under which they are encrypted; nil where there are none
 	index int64        // set by the writing goroutine
+	gate  error        // why it is not to come on record; what is there already stays
 }
 
 // group is one append: taken whole or not at all.
@@ -67,9 +68,7 @@ func (l *Ledger) Append(ctx context.Context, by Author, lines [][]byte) (*store.
 			return nil, fmt.Errorf("entry %d of %d: %w", i+1, len(lines), err)
 		}
 		if l.o.Gate != nil && !by.Recorder {
-			if err := l.o.Gate(g.lines[i].sub); err != nil {
-				return nil, fmt.Errorf("entry %d of %d: %w", i+1, len(lines), err)
-			}
+			g.lines[i].gate = l.o.Gate(g.lines[i].sub)
 		}
 	}
 	if l.ctx.Err() != nil {
@@ -272,12 +271,6 @@ func (l *Ledger) commit(batch []*group) {
 	if p.now.Before(w.last.Time) {
 		p.now = w.last // the record's time never decreases
 	}
-	if p.now.Sub(w.swept.Time) > time.Minute {
-		b := w.state.Begin()
-		b.Forget(p.now)
-		maps.Copy(p.changes, b.Commit())
-		w.swept = p.now
-	}
 	for _, g := range batch {
 		if g.ctx.Err() != nil {
 			g.err = fmt.Errorf("%w: %w", store.ErrUnavailable, g.ctx.Err())
@@ -287,6 +280,14 @@ func (l *Ledger) commit(batch []*group) {
 	}
 	h := l.head.Load()
 	if len(p.lines) > 0 {
+		// Only with something to write: what is forgotten in memory alone would be
+		// there again after the next start, beside what took its place.
+		if p.now.Sub(w.swept.Time) > time.Minute {
+			b := w.state.Begin()
+			b.Forget(p.now)
+			maps.Copy(p.changes, b.Commit())
+			w.swept = p.now
+		}
 		if h, err = l.write(ctx, p); err != nil {
 			w.state = nil
 			fail(l.writeErr(err))
@@ -368,6 +369,9 @@ func (l *Ledger) admit(g *group, p *pending, known map[string]recorded) error {
 			}
 			ln.index = twin.index
 			continue
+		}
+		if ln.gate != nil {
+			return fmt.Errorf("entry %d of %d: %w", i+1, len(g.lines), ln.gate)
 		}
 		ln.index = size + int64(len(fresh))
 		if err := b.Admit(&ln.sub.Entry, ln.leaf, ln.index, g.by.Recorder); err != nil {
