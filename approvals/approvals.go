@@ -159,12 +159,19 @@ func (a *Approvals) entry(t store.Type, action string) *store.Submission {
 	}}
 }
 
+// appendWithin is how long an entry may take to be on record.
+const appendWithin = 10 * time.Second
+
 // append puts s on record as the recorder.
 func (a *Approvals) append(ctx context.Context, s *store.Submission) (*store.Appended, error) {
 	line, err := s.Marshal()
 	if err != nil {
 		return nil, fmt.Errorf("recording %s: %w", s.Type, err)
 	}
+	// A ledger that hangs must not keep a person waiting for ever: what becomes of
+	// the entry then is on record, or is not, and they look again.
+	ctx, cancel := context.WithTimeout(ctx, appendWithin)
+	defer cancel()
 	out, err := a.c.Ledger.Append(ctx, ledger.Author{Name: a.c.Name, Recorder: true}, [][]byte{line})
 	if err != nil {
 		return nil, fmt.Errorf("recording %s: %w", s.Type, err)

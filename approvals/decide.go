@@ -10,6 +10,7 @@ import (
 	"strings"
 	"sync"
 	"time"
+	"unicode"
 	"unicode/utf8"
 
 	"github.com/go-json-experiment/json"
@@ -105,7 +106,11 @@ func (a *Approvals) may(r *Request, p Person, groups []string, d Decision) error
 	if r.state == nil {
 		return &store.OrderError{Code: store.OrderNotOpen, Message: "request " + r.Request + " is " + string(r.Status)}
 	}
-	if r.Status == store.StatusPending && slices.Contains(a.c.Owners[r.Orchestrator], p.Name) {
+	own := slices.ContainsFunc(a.c.Owners[r.Orchestrator], func(o string) bool { return same(o, p.Name) })
+	if r.Status == store.StatusPending && !own && same(r.Subject, p.Name) {
+		return &store.OrderError{Code: store.OrderSelf, Message: "the request is for the person", Request: r.state}
+	}
+	if r.Status == store.StatusPending && own {
 		return &store.OrderError{Code: store.OrderSelf, Message: "the person owns the orchestrator", Request: r.state}
 	}
 	if d.Via == viaSlack && !r.Rule.Slack {
@@ -124,7 +129,7 @@ const (
 // check brings d into the form in which it is signed and recorded.
 func (a *Approvals) check(d *Decision) error {
 	bad := func(m string) error { return fmt.Errorf("%w: %s", ErrMalformed, m) }
-	d.Reason = strings.TrimSpace(d.Reason)
+	d.Reason = strings.TrimFunc(d.Reason, func(c rune) bool { return unicode.IsSpace(c) || unicode.Is(unicode.C, c) })
 	switch {
 	case d.Decision != store.Approve && d.Decision != store.Refuse:
 		return bad("decision: want approve or deny")
@@ -467,4 +472,25 @@ func (b *pending[T]) take(now time.Time, person, key string) (T, bool) {
 	x := list[i]
 	b.of[person] = slices.Delete(list, i, i+1)
 	return x.what, true
+}
+
+// same reports whether two names may be one person's: letter case, the prefix
+// "user:", the domain of an e-mail address, and characters that are not seen tell
+// nobody apart. It excludes rather one too many than one too few.
+func same(a, b string) bool {
+	bare := func(s string) string {
+		s = strings.Map(func(c rune) rune {
+			switch {
+			case unicode.IsSpace(c), unicode.Is(unicode.C, c):
+				return -1
+			case unicode.Is(unicode.Pd, c):
+				return '-'
+			}
+			return unicode.ToLower(c)
+		}, s)
+		s, _, _ = strings.Cut(strings.TrimPrefix(s, "user:"), "@")
+		return s
+	}
+	x := bare(a)
+	return x != "" && x == bare(b)
 }

@@ -104,6 +104,8 @@ func (g *gate) asked() error {
 func (g *gate) shown(sc *scopes.Scope, d *store.Grant) error {
 	e := g.entry
 	switch {
+	case d.Scope != e.Action:
+		return &store.OrderError{Code: store.OrderMismatch, Message: "the entry names another scope than its grant"}
 	case e.Resource != d.Target:
 		return &store.OrderError{Code: store.OrderMismatch, Message: "the entry names another target than its grant"}
 	case e.Risk == nil || e.Risk.Sensitivity != sc.Sensitivity:

@@ -65,3 +65,28 @@ scopes:
 		t.Error("on record, and the same bytes again are refused:", err)
 	}
 }
+
+func TestNobodyDecidesForThemselvesInAnotherSpelling(t *testing.T) {
+	for _, subject := range []string{"user:ada", "ada", "User:Ada", "USER:ADA", " user: ada", "user:ada@example.com", "user:ada\u200b", "ada\u00a0"} {
+		if !same(subject, "user:ada") {
+			t.Errorf("%q is not taken for user:ada", subject)
+		}
+	}
+	if !same("user:anne\u2010marie", "user:anne-marie") {
+		t.Error("another hyphen makes another person")
+	}
+	for _, subject := range []string{"", "user:", "user:adam", "user:ad", "@example.com"} {
+		if same(subject, "user:ada") {
+			t.Errorf("%q is taken for user:ada", subject)
+		}
+	}
+	w := newWorld(t)
+	x := w.asking("app:write")
+	x.asked.Subject = &store.Subject{ID: key.Pseudonym("Zed@Example.com")}
+	x.asked.Seal(store.SealedSubject, "Zed@Example.com")
+	ok(t, w.send(x))
+	_, err := w.a.Decide(t.Context(), Person{Name: "user:zed", Groups: []string{"dba"}}, x.ad.Approval, approve("mine"))
+	if _, self := store.IsOrder(err, store.OrderSelf); !self {
+		t.Fatalf("a person approves what is for them: %v", err)
+	}
+}

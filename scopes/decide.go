@@ -13,6 +13,7 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode"
 
 	"golang.org/x/crypto/ssh"
 
@@ -60,7 +61,7 @@ func (s *Set) Decide(ctx context.Context, ask Ask) (*Verdict, error) {
 		return nil, err
 	}
 	reasonDue := func(r *store.Rule) error {
-		if r != nil && r.Reasons.Requester && strings.TrimSpace(ask.Reason) == "" {
+		if r != nil && r.Reasons.Requester && !says(ask.Reason) {
 			return fmt.Errorf("%w: say what %s is needed for", ErrReasonRequired, sc.Name)
 		}
 		return nil
@@ -347,4 +348,9 @@ func signingRequest(s string) (string, error) {
 		return "", errors.New("the certificate request names a subject or extensions; the catalogue does, send it with an empty subject")
 	}
 	return strings.TrimSuffix(string(pem.EncodeToMemory(&pem.Block{Type: block.Type, Bytes: block.Bytes})), "\n"), nil
+}
+
+// says reports whether a reason holds a character that can be read.
+func says(reason string) bool {
+	return strings.ContainsFunc(reason, func(c rune) bool { return !unicode.IsSpace(c) && !unicode.Is(unicode.C, c) })
 }

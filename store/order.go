@@ -380,7 +380,13 @@ func (b *Batch) draw(e *Entry, r *Request, use *StandingUse) error {
 	case use.Rule.Passkey && !from.Pending.Rule.Passkey:
 		return refuse("the standing approval was not signed with a passkey")
 	}
+	if use.Rule.Standing == nil || use.Rule.Reasons.Approver && !from.Pending.Rule.Reasons.Approver {
+		return refuse("the rule takes no standing approval such as this")
+	}
 	for _, v := range votes {
+		if l := use.Rule.Standing; v.Standing.Uses > l.Uses || v.Standing.Until.After(v.Time.Add(time.Duration(l.For))) {
+			return refuse("the standing approval goes further than the rule allows")
+		}
 		if use.Rule.Hours != nil && !use.Rule.Hours.Contains(v.Time.Time) {
 			return refuse("the standing approval was given outside " + use.Rule.Hours.String())
 		}

@@ -100,6 +100,11 @@ func NewIssuers(configs []IssuerConfig, now func() time.Time) (*Issuers, error) 
 			if len(r.Match) == 0 {
 				return nil, fmt.Errorf("OIDC issuer %s: orchestrators[%d] matches every token: give it a claim to match", c.Issuer, n)
 			}
+			for _, o := range r.Owners {
+				if err := ValidPerson(o); err != nil {
+					return nil, fmt.Errorf("OIDC issuer %s: orchestrators[%d]: owners: %w", c.Issuer, n, err)
+				}
+			}
 			compiled := rule{claims: map[string]*regexp.Regexp{}, name: r.Orchestrator, owners: r.Owners}
 			for claim, pattern := range r.Match {
 				// Compiled alone first: "a)|(b" is an error, not a way out of the anchors.

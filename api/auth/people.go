@@ -136,6 +136,16 @@ var (
 	groupNames  = regexp.MustCompile(`\A[A-Za-z0-9/][A-Za-z0-9._@:/-]{0,127}\z`)
 )
 
+// ValidPerson says what is wrong with the name of a person in a configuration,
+// or nil: a misspelt owner would exclude nobody without a word.
+func ValidPerson(name string) error {
+	bare, ok := strings.CutPrefix(name, personPrefix)
+	if !ok || !personNames.MatchString(bare) {
+		return fmt.Errorf("person %q: write %sNAME as the provider names them, such as %sada", name, personPrefix, personPrefix)
+	}
+	return nil
+}
+
 // NewPeople checks the configuration. The provider is asked at the first login,
 // so that the recorder starts while it is down.
 func NewPeople(c PeopleConfig) (*People, error) {

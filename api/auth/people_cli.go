@@ -133,7 +133,7 @@ func (p *People) cliToken(w http.ResponseWriter, r *http.Request) {
 	if c.end.Before(end) {
 		end = c.end
 	}
-	token, end := p.Sessions.begin(sessionPrefix, session{person: c.person, subject: c.subject, terminal: true}, end)
+	token, end := p.Sessions.begin(sessionPrefix, session{person: c.person, subject: c.subject, terminal: true, parent: c.browser}, end)
 	p.log.Info("logged in a terminal", zap.String("person", c.person.Name))
 	writeJSON(w, TerminalToken{Token: token, Expires: end.UTC().Truncate(time.Second), Person: c.person.Name})
 }

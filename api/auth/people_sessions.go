@@ -40,6 +40,7 @@ type session struct {
 	subject  string // the provider's "sub"
 	csrf     string // empty for a terminal's: no browser sends that one by itself
 	terminal bool
+	parent   hash // of a terminal's session: the browser's, with which it ends
 	begun    time.Time
 	end      time.Time
 	seen     time.Time
@@ -114,6 +115,11 @@ func (s *Sessions) revoke(key hash) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	delete(s.m, key)
+	for k, x := range s.m {
+		if x.parent == key {
+			delete(s.m, k)
+		}
+	}
 }
 
 // RevokePerson ends every session of person ("user:NAME"), terminals' too, and

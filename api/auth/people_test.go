@@ -896,6 +896,18 @@ func TestATerminalGetsASessionOfItsOwnOnceThePersonConfirms(t *testing.T) {
 	if b.who().Person == "" {
 		t.Fatal("the terminal's logout ended the browser's session")
 	}
+	// The other way round the terminal's ends with the browser's.
+	code, verifier = b.confirm()
+	tok, _ = o.exchange(t, code, verifier)
+	if s := o.as(t, tok.Token, "GET", "/who"); s != 200 {
+		t.Fatalf("HTTP %d", s)
+	}
+	if a := b.post("/logout", url.Values{"csrf": {b.who().CSRF}}); a.StatusCode >= 400 {
+		t.Fatalf("HTTP %d", a.StatusCode)
+	}
+	if s := o.as(t, tok.Token, "GET", "/who"); s != 401 {
+		t.Fatalf("a terminal outlives the browser's logout: HTTP %d", s)
+	}
 }
 
 func TestATerminalsCodeIsOfNoUseToAnybodyElse(t *testing.T) {

@@ -300,6 +300,9 @@ func decodeCredential(raw []byte) (*credentialBody, []byte, error) {
 // plainText refuses texts that are too long or hold control characters: they
 // end up on pages and terminals of people.
 func plainText(name, text string, limit int, lines bool) error {
+	if name == "subject" && (strings.TrimSpace(text) != text || strings.ContainsFunc(text, func(c rune) bool { return unicode.Is(unicode.Cf, c) })) {
+		return problem.Malformed("subject begins or ends with a space, or holds a character that is not seen")
+	}
 	if utf8.RuneCountInString(text) > limit {
 		return problem.Malformed(fmt.Sprintf("%s is too long, at most %d characters", name, limit))
 	}

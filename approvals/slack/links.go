@@ -222,7 +222,7 @@ func (s *Slack) Login(ctx context.Context, p approvals.Person) error {
 		return nil
 	}
 	now := s.c.Now()
-	known := slices.Equal(slices.Sorted(slices.Values(l.person.Groups)), slices.Sorted(slices.Values(p.Groups))) && now.Sub(l.login) < loginFresh
+	known := slices.Equal(slices.Sorted(slices.Values(l.person.Groups)), slices.Sorted(slices.Values(p.Groups))) && now.Sub(l.login) < min(loginFresh, s.c.LinkFor/2)
 	if !known {
 		s.links[l.account.key()] = &link{person: p, account: l.account, login: now}
 	}

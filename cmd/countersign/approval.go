@@ -85,6 +85,13 @@ func (c *approvalConfig) check() error {
 	if u, err := url.Parse(c.BaseURL); err != nil || u.Host == "" || u.Scheme != "https" && !loopback(u.Host) && u.Hostname() != "localhost" {
 		return fmt.Errorf("approval.base_url is %q: people's sessions and passkeys need https://HOST, or http://localhost:PORT", c.BaseURL)
 	}
+	for orchestrator, people := range c.Owners {
+		for _, p := range people {
+			if err := auth.ValidPerson(p); err != nil {
+				return fmt.Errorf("approval.owners.%s: %w", orchestrator, err)
+			}
+		}
+	}
 	if c.Passkeys.ActivateAfter < 0 {
 		return errors.New("approval.passkeys.activate_after is negative")
 	}

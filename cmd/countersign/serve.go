@@ -221,6 +221,7 @@ func openMachines(ctx context.Context, o *machinesOptions) (_ *machines, err err
 		_, err := o.recorder.Append(ctx, s)
 		return err
 	})
+	m.refusals.PrivacyKey = o.privacyKey
 	m.handler = steps.New(steps.Config{
 		Broker: m.broker, Identity: m.identity, Log: o.log.Named("api"),
 		Guard: &auth.Guard{Tokens: o.tokens, OIDC: o.oidc, Refusals: m.refusals},

@@ -55,6 +55,11 @@ func tokenCreateCommand() *cobra.Command {
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			now := time.Now()
+			for _, o := range owners {
+				if err := auth.ValidPerson(o); err != nil {
+					return fmt.Errorf("--owner: %w", err)
+				}
+			}
 			t := auth.Token{Name: f.name, Role: auth.Role(f.role), Owners: owners, Groups: groups}
 			switch {
 			case expires < 0:

@@ -53,10 +53,10 @@ func TestARefusedAppendForgetsNothingOnItsOwn(t *testing.T) {
 		if !isOrder(err, store.OrderJoined) {
 			t.Fatal(err)
 		}
+		if err := l.recheck(context.Background()); err != nil {
+			t.Fatal(err)
+		}
 		l.Close()
-	}
-	if err := l.recheck(context.Background()); err != nil {
-		t.Error(err)
 	}
 	if twice > 0 {
 		t.Error("join held twice")
