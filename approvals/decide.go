@@ -66,6 +66,9 @@ func (a *Approvals) Decide(ctx context.Context, p Person, id string, d Decision)
 	}
 	groups := a.groups(v, p)
 	if err := a.may(v, p, groups, d); err != nil {
+		if _, over := store.IsOrder(err, store.OrderNotOpen); over && v.decidedBy(p, d.Decision) {
+			return v, nil // said again by who has said so
+		}
 		return nil, a.refuse(ctx, p, v, actionDecide, err)
 	}
 	s := a.decision(p, v, groups, &d)
@@ -493,4 +496,9 @@ func same(a, b string) bool {
 	}
 	x := bare(a)
 	return x != "" && x == bare(b)
+}
+
+// decidedBy reports whether p has decided r so.
+func (r *Request) decidedBy(p Person, decision string) bool {
+	return slices.ContainsFunc(r.Decisions, func(d Decided) bool { return d.Person == p.Name && d.Decision == decision })
 }

@@ -20,8 +20,8 @@ const (
 	maxRefused = 50
 	// maxLatest is how much of what came before is shown.
 	maxLatest = 10
-	// maxPages bounds what is read of what came before: pages of 1,000 entries.
-	maxPages = 5
+	// maxPast bounds what is read of what came before.
+	maxPast = 2_000
 )
 
 // List returns requests, the newest first, and where the next page begins:
@@ -306,32 +306,25 @@ func (a *Approvals) Before(ctx context.Context, r *Request) (*Context, error) {
 	return &Context{Run: *run, Orchestrator: whole}, nil
 }
 
-// past counts the entries of q before r was asked.
+// past counts the newest entries of q before r was asked.
 func (a *Approvals) past(ctx context.Context, r *Request, q ledger.Query) (*Past, error) {
 	p := &Past{Latest: []Happened{}}
-	q.To = r.Asked.Add(time.Microsecond)
-	for n := 0; ; n++ {
-		if n == maxPages {
-			p.More = true
-			return p, nil
-		}
-		page, err := a.c.Ledger.History(ctx, q)
+	q.To, q.Newest, q.Limit = r.Asked.Add(time.Microsecond), true, maxPast
+	page, err := a.c.Ledger.History(ctx, q)
+	if err != nil {
+		return nil, err
+	}
+	p.More = len(page.Entries) == maxPast
+	for _, h := range page.Entries {
+		e, err := store.ParseLeaf(h.Entry)
 		if err != nil {
-			return nil, err
+			return nil, fmt.Errorf("entry %d: %w", h.Index, err)
 		}
-		for _, h := range page.Entries {
-			e, err := store.ParseLeaf(h.Entry)
-			if err != nil {
-				return nil, fmt.Errorf("entry %d: %w", h.Index, err)
-			}
-			if e.Request != r.Request {
-				p.count(e, h.Index)
-			}
-		}
-		if q.Cursor = page.Next; q.Cursor == "" {
-			return p, nil
+		if e.Request != r.Request {
+			p.count(e, h.Index)
 		}
 	}
+	return p, nil
 }
 
 func (p *Past) count(e *store.Entry, index int64) {

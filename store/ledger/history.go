@@ -29,6 +29,9 @@ type Query struct {
 	Request      string
 	Limit        int    // entries a page; 1,000 by default, 10,000 at most
 	Cursor       string // Page.Next of the page before
+	// Newest selects the newest Limit entries that match, still ascending, as one
+	// page: it has no Next.
+	Newest bool
 }
 
 // HistoryEntry is one entry of a Page.
@@ -116,7 +119,11 @@ func (l *Ledger) History(ctx context.Context, q Query) (*Page, error) {
 	if from >= to {
 		return page, nil
 	}
-	query, args, err := l.plan(ctx, q.filters(l.o.PrivacyKey), from, to, q.Limit+1)
+	order, rows := "", q.Limit+1
+	if q.Newest {
+		order, rows = " DESC", q.Limit
+	}
+	query, args, err := l.plan(ctx, q.filters(l.o.PrivacyKey), from, to, order, rows)
 	if err != nil {
 		return nil, l.readErr(err)
 	}
@@ -175,9 +182,9 @@ const selective = 2_000
 // that no body is read, and no JSON parsed, for an entry that does not match.
 // SQLite's planner has no statistics to choose by, since they would have to be
 // kept up to date: counting up to a bound is cheaper.
-func (l *Ledger) plan(ctx context.Context, fs []filter, from, to int64, limit int) (string, []any, error) {
+func (l *Ledger) plan(ctx context.Context, fs []filter, from, to int64, order string, limit int) (string, []any, error) {
 	if len(fs) == 0 {
-		return "SELECT idx, body FROM entries WHERE idx >= ? AND idx < ? ORDER BY idx LIMIT ?", []any{from, to, limit}, nil
+		return "SELECT idx, body FROM (SELECT idx, body FROM entries WHERE idx >= ? AND idx < ? ORDER BY idx" + order + " LIMIT ?) ORDER BY idx", []any{from, to, limit}, nil
 	}
 	best, least := 0, int64(selective)
 	for i := 0; i < len(fs) && len(fs) > 1; i++ {
@@ -199,7 +206,7 @@ func (l *Ledger) plan(ctx context.Context, fs []filter, from, to int64, limit in
 			args = append(args, f.value)
 		}
 	}
-	b.WriteString(" ORDER BY a.idx LIMIT ?) m CROSS JOIN entries e ON e.idx = m.idx ORDER BY e.idx")
+	b.WriteString(" ORDER BY a.idx" + order + " LIMIT ?) m CROSS JOIN entries e ON e.idx = m.idx ORDER BY e.idx")
 	return b.String(), append(args, limit), nil
 }
 

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -248,4 +249,33 @@ func FuzzCursor(f *testing.F) {
 			t.Fatalf("%q is negative", s)
 		}
 	})
+}
+
+func TestTheNewestThatMatchAreOnePage(t *testing.T) {
+	f := newFixture(t)
+	l := f.open()
+	var want []int64
+	for i := range 30 {
+		x := used(fmt.Sprint("r", i%3))
+		f.append(l, x)
+		if i%3 == 1 && i >= 15 {
+			want = append(want, int64(i))
+		}
+	}
+	for _, q := range []Query{{Run: "r1", Newest: true, Limit: len(want)}, {Run: "r1", Orchestrator: "demo", Newest: true, Limit: len(want)}} {
+		p, err := l.History(t.Context(), q)
+		if err != nil || p.Next != "" {
+			t.Fatal(p, err)
+		}
+		var got []int64
+		for _, e := range p.Entries {
+			got = append(got, e.Index)
+		}
+		if !slices.Equal(got, want) {
+			t.Errorf("got %v, want %v", got, want)
+		}
+	}
+	if p, err := l.History(t.Context(), Query{Newest: true, Limit: 2}); err != nil || len(p.Entries) != 2 || p.Entries[1].Index != 29 {
+		t.Error(p, err)
+	}
 }
