@@ -11,7 +11,7 @@ import (
 	"net/http"
 	"strconv"
 	"strings"
-	"sync/atomic"
+	"sync"
 	"time"
 
 	"github.com/go-chi/chi/v5"
@@ -32,6 +32,8 @@ const (
 	heartbeat = 15 * time.Second
 	// maxStreams is how many streams of events are open at once.
 	maxStreams = 1000
+	// maxStreamsEach is how many of them one person may hold.
+	maxStreamsEach = 20
 )
 
 // Pages render for a browser what the API answers in JSON. The caller of each
@@ -69,13 +71,15 @@ type Server struct {
 	c       Config
 	drain   context.Context
 	stop    context.CancelFunc
-	streams atomic.Int64
+
+	mu      sync.Mutex
+	streams map[string]int // open streams of events, by person
 }
 
 // New returns the API of c.Approvals. Where there are People, their fresh
 // logins are its enrolments.
 func New(c Config) *Server {
-	s := &Server{c: c}
+	s := &Server{c: c, streams: map[string]int{}}
 	s.drain, s.stop = context.WithCancel(context.Background())
 	if c.People != nil {
 		c.People.OnFresh = s.enrolled
@@ -507,15 +511,36 @@ type notice struct {
 	Passkey  string       `json:"passkey,omitzero"`
 }
 
+// enter counts a stream of person in, unless there are too many.
+func (s *Server) enter(person string) (leave func(), ok bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	all := 0
+	for _, n := range s.streams {
+		all += n
+	}
+	if all >= maxStreams || s.streams[person] >= maxStreamsEach {
+		return nil, false
+	}
+	s.streams[person]++
+	return func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if s.streams[person]--; s.streams[person] == 0 {
+			delete(s.streams, person)
+		}
+	}, true
+}
+
 // events streams what happens (HTML, section 9.2, server-sent events) until the
 // reader goes, its session ends, or the server drains.
 func (s *Server) events(w http.ResponseWriter, r *http.Request) {
-	if s.streams.Add(1) > maxStreams {
-		s.streams.Add(-1)
+	leave, ok := s.enter(personOf(r).Name)
+	if !ok {
 		problem.Write(w, r, problem.RateLimited("too many streams of events are open", heartbeat))
 		return
 	}
-	defer s.streams.Add(-1)
+	defer leave()
 	news, end := s.c.Approvals.Subscribe()
 	defer end()
 	h := w.Header()
