@@ -362,7 +362,10 @@ func TestNothingIsMintedOnLessThanWhatPeopleApproved(t *testing.T) {
 				terms.Scopes = []string{"vault:demo-admin"}
 				ds[0].terms, ds[1].terms = &terms, &terms
 			})}}, want: "for a whole run"},
-		"a run's approval of too few for the scope": {a: asking{scope: "vault:demo-admin", use: func(u *store.StandingUse) { u.Rule.Passkey = false },
+		"a run's approval of too few for the scope": {a: asking{scope: "vault:demo-admin", use: func(u *store.StandingUse) {
+			u.Rule.Passkey = false
+			u.Rule.Standing = &store.StandingLimit{Uses: 100, For: store.Duration(24 * time.Hour)}
+		},
 			standing: whole(func(s *store.StandingTerms) { s.Scopes = []string{"vault:demo-admin"} })}, want: "not met"},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -181,11 +181,11 @@ func (a *Approval) verify(log *LogVerifier, req *Entry, rd *RequestedDetails, in
 			return nil, fmt.Errorf("decision %d was taken outside %s", r.Index, rule.Hours)
 		case rule.Reasons.Approver && e.Sealed[SealedReason] == "":
 			return nil, fmt.Errorf("decision %d gives no reason", r.Index)
-		case standing && (rule.Standing == nil || d.Standing == nil || d.Standing.Uses > rule.Standing.Uses ||
-			d.Standing.Until.After(e.Time.Add(time.Duration(rule.Standing.For)))):
-			return nil, fmt.Errorf("decision %d stands for more than the rule allows", r.Index)
 		case standing && (d.Standing == nil || !slices.Contains(d.Standing.Scopes, req.Action) || intent.Time.After(d.Standing.Until.Time)):
 			return nil, fmt.Errorf("decision %d does not stand for %s at that time", r.Index, req.Action)
+		case standing && (rule.Standing == nil || d.Standing.Uses > rule.Standing.Uses ||
+			d.Standing.Until.After(e.Time.Add(time.Duration(rule.Standing.For)))):
+			return nil, fmt.Errorf("decision %d approves for a whole run, and further than the rule allows", r.Index)
 		}
 		switch {
 		case d.Assertion == nil && ad.Rule.Passkey:

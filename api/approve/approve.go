@@ -68,9 +68,9 @@ type Config struct {
 
 // Server answers people who decide.
 type Server struct {
-	c       Config
-	drain   context.Context
-	stop    context.CancelFunc
+	c     Config
+	drain context.Context
+	stop  context.CancelFunc
 
 	mu      sync.Mutex
 	streams map[string]int // open streams of events, by person
