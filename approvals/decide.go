@@ -66,7 +66,7 @@ func (a *Approvals) Decide(ctx context.Context, p Person, id string, d Decision)
 	}
 	groups := a.groups(v, p)
 	if err := a.may(v, p, groups, d); err != nil {
-		if _, over := store.IsOrder(err, store.OrderNotOpen); over && v.decidedBy(p, d.Decision) {
+		if _, over := store.IsOrder(err, store.OrderNotOpen); over && v.decidedBy(p, d) {
 			return v, nil // said again by who has said so
 		}
 		return nil, a.refuse(ctx, p, v, actionDecide, err)
@@ -498,7 +498,9 @@ func same(a, b string) bool {
 	return x != "" && x == bare(b)
 }
 
-// decidedBy reports whether p has decided r so.
-func (r *Request) decidedBy(p Person, decision string) bool {
-	return slices.ContainsFunc(r.Decisions, func(d Decided) bool { return d.Person == p.Name && d.Decision == decision })
+// decidedBy reports whether p has decided r so, for the same reason.
+func (r *Request) decidedBy(p Person, said Decision) bool {
+	return slices.ContainsFunc(r.Decisions, func(d Decided) bool {
+		return d.Person == p.Name && d.Decision == said.Decision && d.Reason == said.Reason
+	})
 }
