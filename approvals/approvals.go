@@ -121,7 +121,7 @@ func New(ctx context.Context, c Config) (*Approvals, error) {
 	}
 	a := &Approvals{
 		c: c, rpID: u.Hostname(), web: u.Scheme + "://" + u.Host,
-		moved: make(chan struct{}), state: anyGrace(), byID: map[string]string{}, subs: map[*subscriber]bool{},
+		moved: make(chan struct{}), state: store.NewReplay(), byID: map[string]string{}, subs: map[*subscriber]bool{},
 		challenges: pending[challenge]{life: ChallengeLife}, enrolments: pending[enrolment]{life: EnrolmentLife},
 	}
 	a.c.BaseURL = a.web

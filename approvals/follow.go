@@ -9,7 +9,6 @@ import (
 	"strings"
 	"time"
 
-	"filippo.io/torchwood"
 	"go.uber.org/zap"
 
 	"github.com/countersign-dev/countersign/store"
@@ -40,7 +39,7 @@ func (a *Approvals) load(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	size, err := sizeOf(open.Checkpoint)
+	size, err := store.CheckpointSize(open.Checkpoint)
 	if err != nil {
 		return err
 	}
@@ -81,16 +80,6 @@ func (a *Approvals) load(ctx context.Context) error {
 	slices.SortFunc(a.asked, func(x, y asked) int { return int(x.index - y.index) })
 	a.next = size
 	return nil
-}
-
-// sizeOf reads the tree size of a checkpoint that our own ledger signed.
-func sizeOf(checkpoint string) (int64, error) {
-	i := strings.LastIndex(checkpoint, "\n\n")
-	if i < 0 {
-		return 0, fmt.Errorf("the ledger's checkpoint is no signed note")
-	}
-	c, err := torchwood.ParseCheckpoint(checkpoint[:i+1])
-	return c.N, err
 }
 
 // remember keeps what a list needs of an approval.requested.

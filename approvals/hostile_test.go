@@ -2,11 +2,12 @@ package approvals
 
 import (
 	"context"
+	"testing"
+	"time"
+
 	"github.com/countersign-dev/countersign/scopes"
 	"github.com/countersign-dev/countersign/store"
 	"github.com/countersign-dev/countersign/store/ledger"
-	"testing"
-	"time"
 )
 
 func TestAnApprovalExpiresWhateverGraceTheLedgerHas(t *testing.T) {
@@ -31,6 +32,7 @@ func TestAnApprovalExpiresWhateverGraceTheLedgerHas(t *testing.T) {
 		}
 	}
 }
+
 func TestWhatStandsBesideTheGrantIsWhatTheCatalogueSays(t *testing.T) {
 	w := newWorld(t)
 	x := w.asking("app:admin")
@@ -42,6 +44,7 @@ func TestWhatStandsBesideTheGrantIsWhatTheCatalogueSays(t *testing.T) {
 		t.Errorf("taken; the page says target %s (grant %s), sensitivity %s, agent %s", r.Target, r.Grant.Target, r.Sensitivity, r.Agent)
 	}
 }
+
 func TestWhatIsOnRecordIsAnsweredAfterTheCatalogueChanged(t *testing.T) {
 	w := newWorld(t)
 	x := w.asking("app:write")

@@ -161,7 +161,7 @@ func (a *Approvals) find(ctx context.Context, id string) (string, error) {
 // view reads one request from the record, as it stands now: its entries, played
 // through the order of the record.
 func (a *Approvals) view(ctx context.Context, request string) (*Request, error) {
-	v := viewing{key: a.c.PrivacyKey, state: anyGrace(), request: request}
+	v := viewing{key: a.c.PrivacyKey, state: store.NewReplay(), request: request}
 	q := ledger.Query{Request: request}
 	for {
 		page, err := a.c.Ledger.History(ctx, q)
@@ -368,12 +368,4 @@ func (p *Past) add(o *Past) {
 	if n := len(p.Latest); n > maxLatest {
 		p.Latest = p.Latest[n-maxLatest:]
 	}
-}
-
-// anyGrace returns a State that takes any grace for abandoned intents: the ledger
-// has judged by its own already.
-func anyGrace() *store.State {
-	s := store.NewState()
-	s.Grace = 1
-	return s
 }

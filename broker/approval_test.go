@@ -508,51 +508,29 @@ func TestARetryOfWhatWasApprovedAsksNobodyAgain(t *testing.T) {
 // of its own is put on record any more, and another goes on.
 func TestWhereverABrokerDiesNobodyIsAskedTwiceAndOneCredentialIsMinted(t *testing.T) {
 	die := errors.New("killed")
+	at := func(when string, typ store.Type) func(*node) {
+		return func(dead *node) {
+			dead.rec.set(func(r *recorder) {
+				kill := func(subs []*store.Submission) error {
+					if subs[0].Type == typ {
+						r.set(func(r *recorder) { r.down = true })
+						return fmt.Errorf("%w: %w", store.ErrUnavailable, die)
+					}
+					return nil
+				}
+				if when == "before" {
+					r.before = kill
+				} else {
+					r.after = kill
+				}
+			})
+		}
+	}
 	for name, kill := range map[string]func(dead *node){
-		"after the request": func(dead *node) {
-			dead.rec.set(func(r *recorder) {
-				r.after = func(subs []*store.Submission) error {
-					if subs[0].Type == store.StepRequested {
-						r.set(func(r *recorder) { r.down = true })
-						return fmt.Errorf("%w: %w", store.ErrUnavailable, die)
-					}
-					return nil
-				}
-			})
-		},
-		"before the intent": func(dead *node) {
-			dead.rec.set(func(r *recorder) {
-				r.before = func(subs []*store.Submission) error {
-					if subs[0].Type == store.CredentialIssuing {
-						r.set(func(r *recorder) { r.down = true })
-						return fmt.Errorf("%w: %w", store.ErrUnavailable, die)
-					}
-					return nil
-				}
-			})
-		},
-		"after the intent": func(dead *node) {
-			dead.rec.set(func(r *recorder) {
-				r.after = func(subs []*store.Submission) error {
-					if subs[0].Type == store.CredentialIssuing {
-						r.set(func(r *recorder) { r.down = true })
-						return fmt.Errorf("%w: %w", store.ErrUnavailable, die)
-					}
-					return nil
-				}
-			})
-		},
-		"before the issuance": func(dead *node) {
-			dead.rec.set(func(r *recorder) {
-				r.before = func(subs []*store.Submission) error {
-					if subs[0].Type == store.CredentialIssued {
-						r.set(func(r *recorder) { r.down = true })
-						return fmt.Errorf("%w: %w", store.ErrUnavailable, die)
-					}
-					return nil
-				}
-			})
-		},
+		"after the request":   at("after", store.StepRequested),
+		"before the intent":   at("before", store.CredentialIssuing),
+		"after the intent":    at("after", store.CredentialIssuing),
+		"before the issuance": at("before", store.CredentialIssued),
 	} {
 		t.Run(name, func(t *testing.T) {
 			w := newWorld(t)

@@ -550,7 +550,7 @@ func (b *Broker) took(app *store.Appended) ([]placed, error) {
 	if err != nil {
 		return nil, unavailable(err)
 	}
-	size, err := checkpointSize(app.Checkpoint)
+	size, err := store.CheckpointSize(app.Checkpoint)
 	if err != nil {
 		return nil, unavailable(err)
 	}

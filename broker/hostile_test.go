@@ -3,11 +3,12 @@ package broker_test
 import (
 	"errors"
 	"fmt"
+	"testing"
+	"time"
+
 	"github.com/countersign-dev/countersign/broker"
 	"github.com/countersign-dev/countersign/scopes"
 	"github.com/countersign-dev/countersign/store"
-	"testing"
-	"time"
 )
 
 func TestAnApprovalForARunKeepsToTheHoursOfTheScopeDrawnOn(t *testing.T) {
@@ -29,6 +30,7 @@ func TestAnApprovalForARunKeepsToTheHoursOfTheScopeDrawnOn(t *testing.T) {
 		t.Error("vault:demo-admin minted outside its hours on an approval given outside its hours")
 	}
 }
+
 func TestAPolicyThatFailsVoidsNothing(t *testing.T) {
 	w := newWorld(t)
 	b := w.start("broker-1")

@@ -5,11 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
-	"filippo.io/torchwood"
 	"go.uber.org/zap"
 	"golang.org/x/sync/errgroup"
 
@@ -137,7 +135,7 @@ func (b *Broker) followOnce() error {
 	if err != nil {
 		return err
 	}
-	size, err := checkpointSize(app.Checkpoint)
+	size, err := store.CheckpointSize(app.Checkpoint)
 	if err != nil {
 		return err
 	}
@@ -174,14 +172,6 @@ func (b *Broker) followOnce() error {
 		}
 		return nil
 	})
-}
-
-// checkpointSize reads the tree size of a checkpoint that the Recorder has
-// verified.
-func checkpointSize(signed string) (int64, error) {
-	text, _, _ := strings.Cut(signed, "\n\n")
-	c, err := torchwood.ParseCheckpoint(text + "\n")
-	return c.N, err
 }
 
 // rebuild writes what is open to Redis.

@@ -2,10 +2,11 @@ package broker_test
 
 import (
 	"fmt"
-	"github.com/countersign-dev/countersign/broker"
-	"github.com/countersign-dev/countersign/store"
 	"testing"
 	"time"
+
+	"github.com/countersign-dev/countersign/broker"
+	"github.com/countersign-dev/countersign/store"
 )
 
 func TestADecisionForTheRunIsSeenThoughTheFollowerWasAway(t *testing.T) {
@@ -30,6 +31,7 @@ func TestADecisionForTheRunIsSeenThoughTheFollowerWasAway(t *testing.T) {
 		t.Errorf("and also once it follows again: %s", got.Status)
 	}
 }
+
 func TestADecisionForTheRunIsSeenByTheVeryNextCall(t *testing.T) {
 	w := newWorld(t)
 	w.inForce(standing)

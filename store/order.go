@@ -178,6 +178,15 @@ func NewState() *State {
 	return &State{requests: map[string]*Request{}, joins: map[string]string{}}
 }
 
+// NewReplay returns a State for entries that are on record already: it takes any
+// grace for abandoned intents, since how long a recorder waits is its
+// configuration and not on record.
+func NewReplay() *State {
+	s := NewState()
+	s.Grace = 1
+	return s
+}
+
 // Load adds a request as the recorder stored it.
 func (s *State) Load(r *Request) {
 	s.requests[r.ID] = r
@@ -428,8 +437,11 @@ func (b *Batch) asked(e *Entry, leaf []byte, index int64) error {
 	if err != nil {
 		return err
 	}
-	if err := d.Rule.Valid(); err != nil || !ValidID(d.Approval) {
+	if err := d.Rule.Valid(); err != nil {
 		return fmt.Errorf("%w: approval.requested: %w", ErrMalformed, err)
+	}
+	if !ValidID(d.Approval) {
+		return fmt.Errorf("%w: approval.requested: %.140q is not a valid ID", ErrMalformed, d.Approval)
 	}
 	r, err := b.of(e)
 	if err != nil {

@@ -3,6 +3,7 @@ package store
 import (
 	"errors"
 	"fmt"
+	"strings"
 	"sync"
 
 	"filippo.io/torchwood"
@@ -94,6 +95,17 @@ func (v *LogVerifier) Checkpoint(signed string) (torchwood.Checkpoint, error) {
 	}
 	v.last[signed] = c
 	return c, nil
+}
+
+// CheckpointSize reads the tree size of a checkpoint that was verified before, or
+// comes from a ledger of one's own.
+func CheckpointSize(signed string) (int64, error) {
+	i := strings.LastIndex(signed, "\n\n")
+	if i < 0 {
+		return 0, fmt.Errorf("%w: the checkpoint is no signed note", ErrReceipt)
+	}
+	c, err := torchwood.ParseCheckpoint(signed[:i+1])
+	return c.N, err
 }
 
 // Check verifies r and returns the entry it proves. Errors wrap ErrReceipt.

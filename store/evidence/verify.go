@@ -142,7 +142,7 @@ func Verify(ctx context.Context, src Source, o Options) (*Report, error) {
 		}
 	}
 
-	w := &walk{src: src, r: r, head: head.Tree, since: since, state: anyGrace(), keys: store.NewPasskeys(o.Log.Origin()), ids: map[string]int64{}, progress: o.Progress}
+	w := &walk{src: src, r: r, head: head.Tree, since: since, state: store.NewReplay(), keys: store.NewPasskeys(o.Log.Origin()), ids: map[string]int64{}, progress: o.Progress}
 	if err := w.leaves(ctx); err != nil {
 		return nil, err
 	}
@@ -364,12 +364,4 @@ func (w *walk) story(index int64, leaf []byte) {
 	if err := w.keys.Take(e); err != nil {
 		w.r.add(index, KindSignature, "%v", err)
 	}
-}
-
-// anyGrace returns a State that takes any grace for abandoned intents: how
-// long the recorder waits is its configuration and not on record.
-func anyGrace() *store.State {
-	s := store.NewState()
-	s.Grace = 1
-	return s
 }

@@ -2,9 +2,10 @@ package ledger
 
 import (
 	"context"
-	"github.com/countersign-dev/countersign/store"
 	"testing"
 	"time"
+
+	"github.com/countersign-dev/countersign/store"
 )
 
 func TestARefusedAppendForgetsNothingOnItsOwn(t *testing.T) {
