@@ -15,14 +15,6 @@ type Identity interface {
 	Verify(token, audience string) (*issuer.Claims, error)
 }
 
-// UsedDetails are the details of credential.used.
-type UsedDetails struct {
-	Intent string `json:"intent"`
-	Via    string `json:"via"` // how the use was seen: introspection
-	By     string `json:"by"`  // the resource server that saw it
-	Use    string `json:"use"` // what it says the step did
-}
-
 // Introspect returns the claims of a step identity token whose credential is
 // live, and nil for any other token (RFC 7662, section 2.2: no reason is
 // given). With use, the resource server says what the token is used for, and
@@ -57,7 +49,7 @@ func (b *Broker) Introspect(ctx context.Context, server, token, use string) (*is
 	}
 	if use != "" {
 		s := b.submission(store.CredentialUsed, t.story)
-		s.SetDetails(UsedDetails{Intent: t.intent, Via: "introspection", By: server, Use: use})
+		s.SetDetails(store.UsedDetails{Intent: t.intent, Via: "introspection", By: server, Use: use})
 		// A crash after this append leaves a use on record that the resource
 		// server did not go on with.
 		if _, err := b.append(ctx, s); err != nil {

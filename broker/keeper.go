@@ -200,6 +200,8 @@ func (b *Broker) PolicyLoaded(ctx context.Context, old, set *scopes.Set) error {
 		d.Previous = old.Digest()
 	}
 	s.SetDetails(d)
+	s.Seal(store.SealedCatalogue, set.Text().Catalogue)
+	s.Seal(store.SealedPolicy, set.Text().Policy)
 	_, err := b.append(ctx, s)
 	return err
 }

@@ -65,7 +65,11 @@ type Set struct {
 	digest    string
 	catalogue string
 	rego      string
+	text      Text
 }
+
+// Text is what a Set was read from.
+type Text struct{ Catalogue, Policy string }
 
 // Scope is one thing that may be asked for.
 type Scope struct {
@@ -218,6 +222,7 @@ func Parse(name string, catalogue []byte, policyName string, rego []byte) (*Set,
 		approval:  approval,
 		byName:    make(map[string]*Scope, len(list)),
 		catalogue: digest(catalogue),
+		text:      Text{Catalogue: string(catalogue), Policy: string(rego)},
 	}
 	if policyName != "" {
 		p, more := readPolicy(policyName, rego)
@@ -260,6 +265,9 @@ func (s *Set) CatalogueDigest() string { return s.catalogue }
 
 // PolicyDigest is "sha256:<hex>" of the policy's bytes, empty without one.
 func (s *Set) PolicyDigest() string { return s.rego }
+
+// Text is what s was read from: the bytes that its digests are over.
+func (s *Set) Text() Text { return s.text }
 
 // Scope returns the scope of that name.
 func (s *Set) Scope(name string) (*Scope, bool) { sc, ok := s.byName[name]; return sc, ok }

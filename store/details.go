@@ -110,6 +110,14 @@ type ClosedDetails struct {
 	Attempt int    `json:"attempt"`
 }
 
+// UsedDetails are the details of credential.used.
+type UsedDetails struct {
+	Intent string `json:"intent"` // of the credential
+	Via    string `json:"via"`    // how the use was seen: introspection
+	By     string `json:"by"`     // who saw it, such as the resource server
+	Use    string `json:"use"`    // what was done
+}
+
 // FinishedDetails are the details of step.finished. The summary is sealed.
 type FinishedDetails struct {
 	Outcome string `json:"outcome"` // succeeded, failed, skipped: the orchestrator's claim
@@ -122,6 +130,66 @@ type PolicyDetails struct {
 	Catalogue string `json:"catalogue"`
 	Policy    string `json:"policy,omitzero"`
 	Previous  string `json:"previous,omitzero"`
+	// Retention is how long erasable texts are kept, by the sensitivity of what
+	// they are about; "" is for entries about no scope. The recorder's own
+	// policy.loaded has it, and only where texts are erased at all: a sensitivity
+	// that is not named is kept for good.
+	Retention map[string]Duration `json:"retention,omitzero"`
+}
+
+// ExportDetails are the details of export.created. The entry's Person, or its
+// Agent where a program asked, is who took it away.
+type ExportDetails struct {
+	Format  string            `json:"format"`  // bundle, csv, jsonl or ocsf
+	From    int64             `json:"from"`    // index of the first entry
+	To      int64             `json:"to"`      // one past the last
+	Filters map[string]string `json:"filters"` // as GET /history names them; persons and subjects by pseudonym
+}
+
+// ErasedDetails are the details of details.erased, which the recorder alone
+// writes, and before it erases: a crash after it leaves texts whose erasure is
+// on record, and the next start erases them.
+type ErasedDetails struct {
+	Entries     []int64  `json:"entries"`     // whose sealed texts are erased, all fields; ascending, at most MaxErased
+	Sensitivity string   `json:"sensitivity"` // of all of them; "" for entries about no scope
+	Kept        Duration `json:"kept"`        // how long they had to be kept: each is older than that
+}
+
+// MaxErased is how many entries one details.erased may name, so that it fits
+// in MaxEntry.
+const MaxErased = 2000
+
+// HoldDetails are the details of hold.placed, which the recorder alone writes:
+// texts of what it covers are not erased until hold.lifted names it. The reason
+// is sealed. It covers a run, or a window of the recorder's time.
+type HoldDetails struct {
+	Run  string `json:"run,omitzero"`
+	From Time   `json:"from,omitzero"` // inclusive
+	To   Time   `json:"to,omitzero"`   // exclusive; zero: without end
+}
+
+// Covers reports whether the hold covers e.
+func (h *HoldDetails) Covers(e *Entry) bool {
+	if h.Run != "" {
+		return e.Run == h.Run
+	}
+	return !e.Time.Before(h.From.Time) && (h.To.IsZero() || e.Time.Before(h.To.Time))
+}
+
+// HoldLiftedDetails are the details of hold.lifted.
+type HoldLiftedDetails struct {
+	Hold string `json:"hold"` // entry ID of hold.placed
+}
+
+// Erasable reports whether the texts of entries of type t may be erased at all.
+// What policy said, and whose passkeys and Slack accounts may decide, is needed
+// as long as the record is.
+func (t Type) Erasable() bool {
+	switch t {
+	case PolicyLoaded, PasskeyEnrolled, SlackLinked, HoldPlaced:
+		return false
+	}
+	return true
 }
 
 // RefusedDetails are the details of access.refused.

@@ -23,6 +23,10 @@ import (
 // prefixes each entry with a 16-bit length, so that no leaf may be longer.
 const MaxEntry = 65535
 
+// MaxSubmission is the largest submission in bytes: an entry with the texts
+// behind its commitments, which are no part of the leaf.
+const MaxSubmission = 2 << 20
+
 // Version is the entry format that this program writes.
 const Version = 1
 
@@ -177,7 +181,7 @@ var ErrMalformed = errors.New("malformed entry")
 // give, and commitments that do not match their openings are refused. Errors
 // wrap ErrMalformed.
 func ParseSubmission(b []byte) (*Submission, error) {
-	if err := checkText(b); err != nil {
+	if err := checkText(b, MaxSubmission); err != nil {
 		return nil, err
 	}
 	var s Submission
@@ -190,10 +194,10 @@ func ParseSubmission(b []byte) (*Submission, error) {
 	return &s, nil
 }
 
-func checkText(b []byte) error {
+func checkText(b []byte, most int) error {
 	switch {
-	case len(b) > MaxEntry:
-		return fmt.Errorf("%w: %d bytes, at most %d", ErrMalformed, len(b), MaxEntry)
+	case len(b) > most:
+		return fmt.Errorf("%w: %d bytes, at most %d", ErrMalformed, len(b), most)
 	case !utf8.Valid(b):
 		return fmt.Errorf("%w: not UTF-8", ErrMalformed)
 	case hasNUL(b):
@@ -334,7 +338,7 @@ func (s *Submission) Marshal() ([]byte, error) { return json.Marshal(s, json.Det
 // know are accepted, since a verifier outlives the writer's version. Errors
 // wrap ErrMalformed.
 func ParseLeaf(leaf []byte) (*Entry, error) {
-	if err := checkText(leaf); err != nil {
+	if err := checkText(leaf, MaxEntry); err != nil {
 		return nil, err
 	}
 	var e Entry

@@ -57,6 +57,9 @@ const (
 	SealedReason  = "reason"  // why the step asks, or the person decided
 	SealedSubject = "subject" // the subject as the orchestrator named it
 	SealedSummary = "summary" // what the orchestrator says came of the step
+
+	SealedCatalogue = "catalogue" // of policy.loaded: the catalogue's text, whose digest the details name
+	SealedPolicy    = "policy"    // of policy.loaded: the Rego policy's, likewise
 )
 
 // PrivacyKey keys every value in a leaf that is derived from something

@@ -64,7 +64,7 @@ func TestASubmissionThatIsNotStrictlyOneIsRefused(t *testing.T) {
 		"no agent":                           strings.Replace(good, "spiffe://example.test/x", "", 1),
 		"details that are a list":            strings.Replace(good, `{"a":"b"}`, `[]`, 1),
 		"another text than committed to":     strings.Replace(good, "because", "becaused", 1),
-		"too long":                           strings.Replace(good, `"a":"b"`, `"a":"`+strings.Repeat("x", MaxEntry)+`"`, 1),
+		"too long":                           strings.Replace(good, `"a":"b"`, `"a":"`+strings.Repeat("x", MaxSubmission)+`"`, 1),
 	} {
 		if bad == good {
 			t.Fatalf("%s: the test changed nothing", name)
