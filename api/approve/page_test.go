@@ -508,7 +508,7 @@ func TestEveryFormPostsItsSessionsToken(t *testing.T) {
 		c.Slack = &accounts{pending: &slack.Account{Team: "T1", User: "U1"}, linked: &slack.Account{Team: "T1", User: "U2"}}
 	})
 	p.keys = []approvals.Passkey{own(true), waiting}
-	for target, want := range map[string]int{"/approvals": 1, "/approvals/" + p.req.ID: 2, "/passkeys": 4, "/slack/link": 4} {
+	for target, want := range map[string]int{"/approvals": 1, "/approvals/" + p.req.ID: 2, "/passkeys": 5, "/slack/link": 4} {
 		forms := p.get(t, target).find("form")
 		if len(forms) != want {
 			t.Errorf("%s has %d forms, want %d", target, len(forms), want)

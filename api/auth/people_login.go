@@ -447,7 +447,8 @@ func keyOf(set []byte, raw string, algs []string) ([]byte, error) {
 	return nil, errors.New("none of the provider's keys verifies the ID token any more")
 }
 
-// logout ends the session that r came with.
+// logout ends the session that r came with, or, with everywhere=true, every
+// session of its person: what somebody does whose laptop is gone.
 func (p *People) logout(w http.ResponseWriter, r *http.Request) {
 	if token, err := bearer(r.Header); err == nil && token != "" {
 		s, ok := p.Sessions.get(token, false)
@@ -455,7 +456,7 @@ func (p *People) logout(w http.ResponseWriter, r *http.Request) {
 			p.refuse(w, r, problem.Unauthenticated())
 			return
 		}
-		p.Sessions.revoke(s.key)
+		p.end(r, s)
 		w.WriteHeader(http.StatusNoContent)
 		return
 	}
@@ -465,7 +466,7 @@ func (p *People) logout(w http.ResponseWriter, r *http.Request) {
 			p.refuse(w, r, problem.RoleForbidden(ErrForgery.Error()).Because(err))
 			return
 		}
-		p.Sessions.revoke(s.key)
+		p.end(r, s)
 	}
 	p.setCookie(w, "session", "", -1)
 	if wantsPage(r) {
@@ -473,6 +474,15 @@ func (p *People) logout(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	w.WriteHeader(http.StatusNoContent)
+}
+
+func (p *People) end(r *http.Request, s session) {
+	if r.FormValue("everywhere") == "true" {
+		n := p.Sessions.RevokePerson(s.person.Name)
+		p.log.Info("logged out everywhere", zap.String("person", s.person.Name), zap.Int("sessions", n))
+		return
+	}
+	p.Sessions.revoke(s.key)
 }
 
 // refuse answers r with doc, as a page where the caller shows pages, and puts

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"crypto/tls"
+	"errors"
 	"fmt"
 	"net"
 	"net/http"
@@ -309,7 +310,15 @@ func configFlag(cmd *cobra.Command, config *string) {
 // newLogger logs JSON lines to stderr, or to a file where one is named.
 func newLogger(file ...string) (*zap.Logger, error) {
 	c := zap.NewProductionConfig()
-	if len(file) > 0 {
+	for _, path := range file {
+		// Before zap would make it with the umask's mode: a log names people.
+		f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
+		if err != nil {
+			return nil, err
+		}
+		if err := errors.Join(f.Chmod(0o600), f.Close()); err != nil {
+			return nil, err
+		}
 		c.OutputPaths = file
 	}
 	c.DisableStacktrace = true
