@@ -19,6 +19,7 @@ type Stored struct {
 	Leaf   []byte                   // the exact stored bytes
 	Nodes  []byte                   // the stored tree hashes of this row, leaf hash first; Reader alone sets it
 	Sealed map[string]store.Opening // the texts that are not erased; Export alone sets it
+	Entry  *store.Entry             // what the leaf says; Export alone sets it
 }
 
 // chunk is how many rows are read at a time where many are: a short read
@@ -67,7 +68,7 @@ func (l *Ledger) Export(ctx context.Context, from, to int64) iter.Seq2[Stored, e
 				return
 			}
 			for _, s := range batch {
-				s.Sealed = opened[s.Index]
+				s.Sealed, s.Entry = opened[s.Index], parsed[s.Index]
 				if !yield(s, nil) {
 					return
 				}
