@@ -56,8 +56,12 @@ type Options struct {
 	Now          func() time.Time // the recorder's clock; time.Now by default
 	Log          *zap.Logger      // none by default
 	PublishEvery time.Duration    // between published checkpoints; 2 s by default
-	CheckNewest  int64            // how many of the newest entries are hashed again at start; 10,000 by default
-	RecheckEvery time.Duration    // pause between background passes over the whole log; 1 h by default, negative: no pass
+	// Publish, where set, decides what is published in place of PublishEvery, by
+	// Ledger.Publish: until its first call nothing is. It runs in a goroutine of
+	// its own and returns once ctx ends, which Close waits for.
+	Publish      func(ctx context.Context, l *Ledger)
+	CheckNewest  int64         // how many of the newest entries are hashed again at start; 10,000 by default
+	RecheckEvery time.Duration // pause between background passes over the whole log; 1 h by default, negative: no pass
 }
 
 func (o *Options) defaults() error {
@@ -184,6 +188,9 @@ func Open(ctx context.Context, o Options) (_ *Ledger, err error) {
 	}
 	if err := l.start(ctx); err != nil {
 		return nil, wrapCorrupt(err)
+	}
+	if o.Publish != nil {
+		l.published.Store(&head{}) // nothing yet
 	}
 	l.tasks.Add(3)
 	go l.writeLoop()
@@ -319,27 +326,6 @@ func (l *Ledger) Head() string { return l.head.Load().note }
 
 // Size is the number of entries, as Head signs it.
 func (l *Ledger) Size() int64 { return l.head.Load().size }
-
-// Published is the C2SP signed checkpoint published last. Tile serves the tree
-// it signs.
-func (l *Ledger) Published() string { return l.published.Load().note }
-
-// publishLoop publishes the head every PublishEvery, where it has changed.
-func (l *Ledger) publishLoop() {
-	defer l.tasks.Done()
-	t := time.NewTicker(l.o.PublishEvery)
-	defer t.Stop()
-	for {
-		select {
-		case <-l.ctx.Done():
-			return
-		case <-t.C:
-			if h := l.head.Load(); h.size != l.published.Load().size {
-				l.published.Store(h)
-			}
-		}
-	}
-}
 
 // headLoop keeps the head file up to date, see headFile.
 func (l *Ledger) headLoop() {
