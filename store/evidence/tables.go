@@ -17,11 +17,7 @@ import (
 var (
 	// StepsColumns are those of steps.csv: a row per credential request, in the
 	// order in which requests ended, those that had not ended last.
-	StepsColumns = []string{
-		"index", "request", "run", "step", "orchestrator", "identity", "subject", "subject_proved", "scope", "target", "sensitivity",
-		"outcome", "policy", "policy_reasons", "requested_reason", "requested_at", "issued_at", "kind", "revocable", "expires_at", "credentials",
-		"ended_at", "ended_by", "cause", "uses", "uses_after_end", "claimed_outcome", "status",
-	}
+	StepsColumns = stepsColumns[:]
 	// ApprovalsColumns are those of approvals.csv: a row per decision of a person.
 	ApprovalsColumns = []string{
 		"index", "request", "run", "step", "scope", "target", "person", "decision", "reason", "requested_reason", "decided_at", "signed",
@@ -33,6 +29,20 @@ var (
 		"index", "time", "request", "run", "step", "orchestrator", "identity", "scope", "target", "via", "by", "use", "outcome", "intent",
 	}
 )
+
+var stepsColumns = [...]string{
+	"index", "request", "run", "step", "orchestrator", "identity", "subject", "subject_proved", "scope", "target", "sensitivity",
+	"outcome", "policy", "policy_reasons", "requested_reason", "requested_at", "issued_at", "kind", "revocable", "expires_at", "credentials",
+	"ended_at", "ended_by", "cause", "uses", "uses_after_end", "claimed_outcome", "status",
+}
+
+var stepColumn = func() map[string]int {
+	at := map[string]int{}
+	for i, name := range stepsColumns {
+		at[name] = i
+	}
+	return at
+}()
 
 // Erased stands in a cell for a text that the leaf commits to and that is not
 // there.
@@ -86,8 +96,7 @@ type stepRow struct {
 	ends     int // how often it ended: a retry opens a request again
 	asked    int64
 	reason   string // of the request, as a cell
-	cells    map[string]string
-	live     bool
+	cells    [len(stepsColumns)]string
 	uses     int
 	late     int // uses after the end
 	issued   int
@@ -99,6 +108,9 @@ type settledRow struct {
 	ends int
 	size int
 }
+
+// cell is the cell of the column name.
+func (r *stepRow) cell(name string) *string { return &r.cells[stepColumn[name]] }
 
 // size is what the row counts for in settledBytes.
 func (r *stepRow) size() int {
@@ -146,7 +158,7 @@ func (t *Tables) take(index int64, e *store.Entry, opened map[string]string, win
 	case store.ApprovalRequested:
 		if r != nil {
 			r.asked, r.reason = index, text(e, opened, store.SealedReason)
-			r.cells["status"] = string(store.StatusPending)
+			*r.cell("status") = string(store.StatusPending)
 		}
 	case store.ApprovalDecided, store.ApprovalStanding:
 		return t.decided(index, e, opened, window, r)
@@ -161,7 +173,7 @@ func (t *Tables) take(index int64, e *store.Entry, opened map[string]string, win
 		}
 		if r != nil {
 			r.ended = false
-			r.cells["status"] = string(store.StatusApproved)
+			*r.cell("status") = string(store.StatusApproved)
 		}
 	case store.CredentialIssued:
 		d, err := store.DetailsAs[store.IssuedDetails](e)
@@ -169,13 +181,13 @@ func (t *Tables) take(index int64, e *store.Entry, opened map[string]string, win
 			return err
 		}
 		r.issued++
-		r.live, r.ended = true, false
-		if r.cells["issued_at"] == "" {
-			r.cells["issued_at"] = e.Time.String()
+		r.ended = false
+		if *r.cell("issued_at") == "" {
+			*r.cell("issued_at") = e.Time.String()
 		}
-		r.cells["kind"], r.cells["revocable"], r.cells["expires_at"] = d.Kind, strconv.FormatBool(d.Revocable), d.Expires.String()
-		r.cells["status"] = string(store.StatusIssued)
-		r.cells["ended_at"], r.cells["ended_by"], r.cells["cause"] = "", "", ""
+		*r.cell("kind"), *r.cell("revocable"), *r.cell("expires_at") = d.Kind, strconv.FormatBool(d.Revocable), d.Expires.String()
+		*r.cell("status") = string(store.StatusIssued)
+		*r.cell("ended_at"), *r.cell("ended_by"), *r.cell("cause") = "", "", ""
 	case store.CredentialUsed:
 		if r != nil {
 			r.uses++
@@ -203,26 +215,27 @@ var statusAfter = map[store.Type]string{
 // open begins the row of a request with the entry that asks for it.
 func (t *Tables) open(index int64, e *store.Entry, opened map[string]string, window bool) *stepRow {
 	r := &stepRow{key: stepKey{e.Orchestrator, e.Run, e.Step}, index: index, window: window, asked: -1, reason: text(e, opened, store.SealedReason)}
-	c := map[string]string{
+	for name, v := range map[string]string{
 		"index": strconv.FormatInt(index, 10), "request": e.Request, "run": e.Run, "step": e.Step, "orchestrator": e.Orchestrator,
 		"identity": e.Agent, "scope": e.Action, "target": e.Resource, "requested_reason": r.reason, "requested_at": e.Time.String(),
 		"status": string(store.StatusApproved),
+	} {
+		*r.cell(name) = v
 	}
 	if e.Subject != nil {
-		c["subject"], c["subject_proved"] = e.Subject.ID, strconv.FormatBool(e.Subject.Proved)
+		*r.cell("subject"), *r.cell("subject_proved") = e.Subject.ID, strconv.FormatBool(e.Subject.Proved)
 		if name := opened[store.SealedSubject]; name != "" {
-			c["subject"] = name
+			*r.cell("subject") = name
 		}
 	}
 	if e.Risk != nil {
-		c["sensitivity"] = e.Risk.Sensitivity
+		*r.cell("sensitivity") = e.Risk.Sensitivity
 	}
 	denied := false
 	if d := e.Decision; d != nil {
-		c["outcome"], c["policy"], c["policy_reasons"] = string(d.Outcome), d.Policy, strings.Join(d.Reasons, "; ")
+		*r.cell("outcome"), *r.cell("policy"), *r.cell("policy_reasons") = string(d.Outcome), d.Policy, strings.Join(d.Reasons, "; ")
 		denied = d.Outcome == store.Deny
 	}
-	r.cells = c
 	t.requests[e.Request] = r
 	if window {
 		t.byStep[r.key] = append(t.byStep[r.key], r)
@@ -236,11 +249,11 @@ func (t *Tables) open(index int64, e *store.Entry, opened map[string]string, win
 // end closes r for now, and writes the rows that have been settled longest
 // where too many are kept.
 func (t *Tables) end(r *stepRow, e *store.Entry, status string) error {
-	r.ended, r.live = true, false
+	r.ended = true
 	r.ends++
-	r.cells["ended_at"], r.cells["ended_by"], r.cells["status"] = e.Time.String(), string(e.Type), status
+	*r.cell("ended_at"), *r.cell("ended_by"), *r.cell("status") = e.Time.String(), string(e.Type), status
 	if e.Cause != nil {
-		r.cells["cause"] = *e.Cause
+		*r.cell("cause") = *e.Cause
 	}
 	s := settledRow{r, r.ends, r.size()}
 	t.settled = append(t.settled, s)
@@ -267,7 +280,7 @@ func (t *Tables) settle() error {
 
 // write writes r's row, where it belongs to the table, and forgets r.
 func (t *Tables) write(r *stepRow) error {
-	delete(t.requests, r.cells["request"])
+	delete(t.requests, *r.cell("request"))
 	if !r.window {
 		return nil
 	}
@@ -276,13 +289,8 @@ func (t *Tables) write(r *stepRow) error {
 	} else {
 		delete(t.byStep, r.key)
 	}
-	c := r.cells
-	c["credentials"], c["uses"], c["uses_after_end"], c["claimed_outcome"] = strconv.Itoa(r.issued), strconv.Itoa(r.uses), strconv.Itoa(r.late), r.finished
-	row := make([]string, len(StepsColumns))
-	for i, name := range StepsColumns {
-		row[i] = c[name]
-	}
-	return t.row(0, t.steps, row)
+	*r.cell("credentials"), *r.cell("uses"), *r.cell("uses_after_end"), *r.cell("claimed_outcome") = strconv.Itoa(r.issued), strconv.Itoa(r.uses), strconv.Itoa(r.late), r.finished
+	return t.row(0, t.steps, r.cells[:])
 }
 
 // decided writes the row of a person's decision.
