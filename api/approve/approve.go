@@ -20,6 +20,7 @@ import (
 	"github.com/go-webauthn/webauthn/protocol"
 
 	"github.com/countersign-dev/countersign/api/auth"
+	"github.com/countersign-dev/countersign/api/page"
 	"github.com/countersign-dev/countersign/api/problem"
 	"github.com/countersign-dev/countersign/api/server"
 	"github.com/countersign-dev/countersign/approvals"
@@ -123,19 +124,9 @@ func personOf(r *http.Request) approvals.Person {
 	return approvals.Person{Name: p.Person(), Groups: p.Groups}
 }
 
-// asPage reports whether the answer is a page: a browser asks for one by naming
-// text/html, which scripts and programs do not.
+// asPage reports whether the answer is a page.
 func (s *Server) asPage(r *http.Request) bool {
-	if s.c.Pages == nil {
-		return false
-	}
-	for part := range strings.SplitSeq(strings.Join(r.Header.Values("Accept"), ","), ",") {
-		media, _, _ := strings.Cut(part, ";")
-		if strings.EqualFold(strings.TrimSpace(media), "text/html") {
-			return true
-		}
-	}
-	return false
+	return s.c.Pages != nil && page.Wanted(r)
 }
 
 // isForm reports whether r carries a form of a page.

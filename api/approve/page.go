@@ -1,19 +1,15 @@
 package approve
 
 import (
-	"bytes"
 	"context"
 	"crypto/sha256"
 	"embed"
-	"encoding/base64"
 	"encoding/hex"
 	"errors"
 	"fmt"
 	"html/template"
-	"io/fs"
 	"net/http"
 	"net/url"
-	"path"
 	"slices"
 	"strings"
 	"time"
@@ -24,6 +20,8 @@ import (
 	"github.com/go-json-experiment/json/jsontext"
 	"go.uber.org/zap"
 
+	"github.com/countersign-dev/countersign/api/auth"
+	"github.com/countersign-dev/countersign/api/page"
 	"github.com/countersign-dev/countersign/api/problem"
 	"github.com/countersign-dev/countersign/approvals"
 	"github.com/countersign-dev/countersign/store"
@@ -34,10 +32,6 @@ var templates embed.FS
 
 //go:embed static
 var static embed.FS
-
-// policy is the Content-Security-Policy of every page: all that a page loads,
-// runs and posts to is this recorder's own, and nobody frames it.
-const policy = "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; img-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 
 // Judge is what the pages ask beside what they are handed; *approvals.Approvals
 // is one.
@@ -74,9 +68,9 @@ type HTMLConfig struct {
 // HTML is the pages of the approvals. They work without a script, but for
 // passkeys.
 type HTML struct {
-	c    HTMLConfig
-	t    *template.Template
-	etag map[string]string // of static files
+	c     HTMLConfig
+	t     *template.Template
+	files *page.Files
 }
 
 // NewHTML returns the pages.
@@ -88,27 +82,18 @@ func NewHTML(c HTMLConfig) (*HTML, error) {
 		c.Now = time.Now
 	}
 	t, err := template.New("").Funcs(template.FuncMap{
-		"text": text, "stamp": stamp, "clock": clock, "remaining": remaining, "span": span, "delivery": delivery, "happened": happened,
+		"text": page.Text, "stamp": page.Stamp, "clock": page.Clock, "remaining": remaining, "span": page.Span, "delivery": delivery, "happened": happened,
 		"join":  func(list []string) string { return strings.Join(list, ", ") },
 		"exact": func(d store.Duration) string { return time.Duration(d).String() },
 	}).ParseFS(templates, "templates/*.html")
 	if err != nil {
 		return nil, fmt.Errorf("templates of the approval pages: %w", err)
 	}
-	h := &HTML{c: c, t: t, etag: map[string]string{}}
-	files, err := fs.ReadDir(static, "static")
+	files, err := page.NewFiles(static)
 	if err != nil {
-		return nil, fmt.Errorf("files of the approval pages: %w", err)
+		return nil, err
 	}
-	for _, f := range files {
-		b, err := static.ReadFile("static/" + f.Name())
-		if err != nil {
-			return nil, fmt.Errorf("files of the approval pages: %w", err)
-		}
-		sum := sha256.Sum256(b)
-		h.etag[f.Name()] = `"` + base64.RawURLEncoding.EncodeToString(sum[:12]) + `"`
-	}
-	return h, nil
+	return &HTML{c: c, t: t, files: files}, nil
 }
 
 // Routes adds style and scripts.
@@ -121,20 +106,7 @@ func (h *HTML) Routes(r chi.Router) {
 }
 
 func (h *HTML) file(w http.ResponseWriter, r *http.Request) {
-	name := chi.URLParam(r, "file")
-	b, err := static.ReadFile("static/" + name)
-	if err != nil {
-		problem.Write(w, r, problem.NotFound("no such path"))
-		return
-	}
-	header := w.Header()
-	header.Set("ETag", h.etag[name])
-	header.Set("Cache-Control", "no-cache") // asked for again by its ETag: a new recorder brings a new style
-	header.Set("Cross-Origin-Resource-Policy", "same-origin")
-	header.Set("Content-Type", map[string]string{
-		".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8", ".svg": "image/svg+xml",
-	}[path.Ext(name)])
-	http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(b))
+	h.files.Serve(w, r, chi.URLParam(r, "file"))
 }
 
 // frame is what surrounds every page.
@@ -150,12 +122,14 @@ type frame struct {
 	Kinds   string // their kinds
 	Notice  string // good news
 	Slack   bool   // there are Slack accounts to link
+	Reviews bool   // the person may read the history
 	Here    string // where the page is got again: it may answer a form
 }
 
 func (h *HTML) frame(r *http.Request, person approvals.Person, section, title string) frame {
+	who := auth.From(r.Context())
 	return frame{Title: title, Section: section, Person: strings.TrimPrefix(person.Name, "user:"), CSRF: h.c.CSRF(r), Now: h.c.Now(),
-		Events: "/approvals/events", Kinds: kinds, Slack: h.c.Slack != nil}
+		Events: "/approvals/events", Kinds: kinds, Slack: h.c.Slack != nil, Reviews: who != nil && who.Has(auth.Reviewer)}
 }
 
 // kinds are the events that a page is fetched again for.
@@ -165,26 +139,7 @@ const kinds = approvals.EventRequested + " " + approvals.EventDecided + " " + ap
 
 // write answers with a page.
 func (h *HTML) write(w http.ResponseWriter, r *http.Request, status int, name string, data any) {
-	var b bytes.Buffer
-	if err := h.t.ExecuteTemplate(&b, name, data); err != nil {
-		problem.Write(w, r, problem.Internal(fmt.Errorf("page %s: %w", name, err)))
-		return
-	}
-	header := w.Header()
-	header.Set("Content-Type", "text/html; charset=utf-8")
-	header.Set("Content-Security-Policy", policy)
-	header.Set("X-Content-Type-Options", "nosniff")
-	header.Set("X-Frame-Options", "DENY") // for browsers that do not know frame-ancestors
-	// Not no-referrer, under which browsers send "Origin: null" with a form, and
-	// a form from elsewhere could not be told from ours.
-	header.Set("Referrer-Policy", "same-origin")
-	header.Set("Cross-Origin-Opener-Policy", "same-origin")
-	header.Set("Cross-Origin-Resource-Policy", "same-origin")
-	header.Set("Permissions-Policy", "camera=(), geolocation=(), microphone=(), payment=(), usb=(), publickey-credentials-create=(self), publickey-credentials-get=(self)")
-	header.Set("Cache-Control", "no-store")
-	header.Add("Vary", "Accept")
-	w.WriteHeader(status)
-	_, _ = b.WriteTo(w)
+	page.Write(w, r, status, h.t, name, data)
 }
 
 // version names what a region of a page shows, so that the script replaces it
@@ -300,7 +255,7 @@ type requestPage struct {
 	State       state
 	Pending     bool // people are due
 	Waits       bool // its time runs
-	Rule        []ruleLine
+	Rule        []page.Line
 	Seats       []seat
 	Refused     []attempt
 	Past        *approvals.Context // nil: it cannot be read now
@@ -392,9 +347,9 @@ func wrong(doc *problem.Problem, err error) string {
 		return refusals[order.Code]
 	}
 	if doc.Detail != "" {
-		return sentence(doc.Detail)
+		return page.Sentence(doc.Detail)
 	}
-	return sentence(doc.Title)
+	return page.Sentence(doc.Title)
 }
 
 // request makes the page of req as person sees it.
@@ -403,7 +358,7 @@ func (h *HTML) request(r *http.Request, person approvals.Person, req *approvals.
 		frame: h.frame(r, person, "approvals", req.Scope), R: req,
 		State: stateOf(req.Status), Pending: req.Status == store.StatusPending,
 		Waits: req.Status == store.StatusPending || req.Status == store.StatusApproved,
-		Rule:  inWords(&req.Rule), ReasonDue: req.Rule.Reasons.Approver, Passkey: req.Rule.Passkey,
+		Rule:  page.RuleInWords(&req.Rule), ReasonDue: req.Rule.Reasons.Approver, Passkey: req.Rule.Passkey,
 		Standing: req.Rule.Standing, Enrol: h.c.Enrol,
 	}
 	p.Here = "/approvals/" + url.PathEscape(req.ID)
@@ -465,7 +420,7 @@ func (h *HTML) mayDecide(r *http.Request, person approvals.Person, p *requestPag
 		p.WhyNot = cannot(approve)
 		var order *store.OrderError
 		if errors.As(approve, &order) && order.Code == store.OrderHours && p.R.Rule.Hours != nil {
-			p.WhyNot = "Approvals are taken from " + p.R.Rule.Hours.From + " to " + p.R.Rule.Hours.To + ", " + p.R.Rule.Hours.Zone + days(p.R.Rule.Hours.Days) + "."
+			p.WhyNot = "Approvals are taken from " + p.R.Rule.Hours.From + " to " + p.R.Rule.Hours.To + ", " + p.R.Rule.Hours.Zone + page.Days(p.R.Rule.Hours.Days) + "."
 		}
 		p.WhyNot += " You may still deny it."
 	case p.Passkey && !p.HasKey:
@@ -496,7 +451,7 @@ func (h *HTML) standing(p *requestPage) {
 			break
 		}
 		end := store.At(p.Now.Add(d))
-		p.Untils = append(p.Untils, until{end.String(), end.UTC().Format("2 Jan, 15:04 UTC") + " (" + span(store.Duration(d.Truncate(time.Second))) + ")"})
+		p.Untils = append(p.Untils, until{end.String(), end.UTC().Format("2 Jan, 15:04 UTC") + " (" + page.Span(store.Duration(d.Truncate(time.Second))) + ")"})
 	}
 }
 
@@ -537,7 +492,7 @@ func (h *HTML) Problem(w http.ResponseWriter, r *http.Request, person approvals.
 		frame
 		Heading, Detail, Advice, Instance string
 		Links                             []tab
-	}{frame: h.frame(r, person, "", doc.Title), Heading: doc.Title, Detail: sentence(doc.Detail), Instance: problem.RequestID(r.Context())}
+	}{frame: h.frame(r, person, "", doc.Title), Heading: doc.Title, Detail: page.Sentence(doc.Detail), Instance: problem.RequestID(r.Context())}
 	page.Narrow, page.Events = true, ""
 	page.Links = []tab{{Name: "All approvals", URL: "/approvals"}}
 	if doc.Status >= http.StatusInternalServerError {

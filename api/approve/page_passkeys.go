@@ -6,6 +6,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/countersign-dev/countersign/api/page"
 	"github.com/countersign-dev/countersign/api/problem"
 	"github.com/countersign-dev/countersign/approvals"
 	"github.com/countersign-dev/countersign/store"
@@ -46,7 +47,7 @@ func (h *HTML) passkeys(r *http.Request, person approvals.Person, keys []approva
 		Activation: "A second person then activates it; until then it signs nothing."}
 	p.Narrow, p.Here = true, "/passkeys"
 	if h.c.ActivateAfter > 0 {
-		p.Activation = "It signs once a second person has activated it, or " + span(store.Duration(h.c.ActivateAfter.Truncate(time.Second))) + " after it was enrolled."
+		p.Activation = "It signs once a second person has activated it, or " + page.Span(store.Duration(h.c.ActivateAfter.Truncate(time.Second))) + " after it was enrolled."
 	}
 	own, err := h.c.Judge.Passkeys(r.Context(), &person) // by pseudonym: a name may have been erased
 	if err != nil {

@@ -23,6 +23,7 @@ import (
 	xhtml "golang.org/x/net/html"
 
 	"github.com/countersign-dev/countersign/api/auth"
+	"github.com/countersign-dev/countersign/api/page"
 	"github.com/countersign-dev/countersign/approvals"
 	"github.com/countersign-dev/countersign/approvals/slack"
 	"github.com/countersign-dev/countersign/scopes"
@@ -925,7 +926,7 @@ func render(n *xhtml.Node) string {
 // Contrast by WCAG 2.2, 1.4.3: 4.5 for text; 1.4.11: 3 for edges of fields and
 // the focus.
 func TestColoursContrastInLightAndDark(t *testing.T) {
-	css, err := os.ReadFile("static/approve.css")
+	css, err := os.ReadFile("../page/static/page.css")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -992,7 +993,7 @@ func TestTheTimeLeftIsSaidWithoutAScript(t *testing.T) {
 
 func TestStaticFilesAreAskedForByTheirContent(t *testing.T) {
 	p := newPages(t, &judge{})
-	for name, media := range map[string]string{"approve.css": "text/css; charset=utf-8", "approve.js": "text/javascript; charset=utf-8", "icon.svg": "image/svg+xml"} {
+	for name, media := range map[string]string{"page.css": "text/css; charset=utf-8", "approve.js": "text/javascript; charset=utf-8", "icon.svg": "image/svg+xml"} {
 		a := p.get(t, "/approvals/static/"+name)
 		if a.StatusCode != 200 || a.Header.Get("Content-Type") != media || a.Header.Get("ETag") == "" {
 			t.Errorf("%s: %d %s, ETag %s", name, a.StatusCode, a.Header.Get("Content-Type"), a.Header.Get("ETag"))
@@ -1032,7 +1033,7 @@ func FuzzText(f *testing.F) {
 	}
 	mark := regexp.MustCompile(`<span class="unseen">(?:U\+([0-9A-F]{4,6})|byte ([0-9A-F]{2}))</span>`)
 	f.Fuzz(func(t *testing.T, s string) {
-		got := string(text(s))
+		got := string(page.Text(s))
 		back := mark.ReplaceAllStringFunc(got, func(m string) string {
 			parts := mark.FindStringSubmatch(m)
 			if parts[2] != "" {
@@ -1047,7 +1048,7 @@ func FuzzText(f *testing.F) {
 			t.Errorf("%q has markup left: %q", s, got)
 		}
 		for _, r := range rest {
-			if unseen(r) {
+			if page.Unseen(r) {
 				t.Errorf("%q has %U left", s, r)
 			}
 		}
