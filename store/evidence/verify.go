@@ -4,13 +4,18 @@
 package evidence
 
 import (
+	"cmp"
 	"context"
 	"encoding/base64"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
+	"sync"
+	"time"
 
 	"filippo.io/torchwood"
+	"golang.org/x/mod/sumdb/note"
 	"golang.org/x/mod/sumdb/tlog"
 
 	"github.com/countersign-dev/countersign/store"
@@ -55,98 +60,203 @@ func (f Finding) String() string {
 
 // The kinds of findings.
 const (
-	KindCheckpoint = "checkpoint"    // missing, malformed or not signed by the log's key
-	KindLeaf       = "leaf-mismatch" // an entry's bytes do not give the hash that the tree holds
-	KindMissing    = "missing"       // an entry or a tile of the signed tree is not there
-	KindTile       = "tile-mismatch" // a stored hash is not the hash of what lies below it
-	KindRoot       = "root-mismatch" // the tree does not give the signed root
-	KindFork       = "fork"          // the log does not continue an earlier checkpoint
-	KindRollback   = "rollback"      // the log is shorter than an earlier checkpoint
-	KindMalformed  = "malformed"     // an entry does not parse
-	KindTime       = "time"          // an entry's time lies before its predecessor's
-	KindDuplicate  = "duplicate"     // two entries bear one ID
-	KindOrder      = "order"         // an entry breaks the order of the record
-	KindSignature  = "signature"     // a decision's passkey signature does not hold, or an enrolment's story
-	maxFindings    = 100             // a log that is wrong everywhere need not be listed whole
-	bundleWidth    = torchwood.TileWidth
+	KindCheckpoint  = "checkpoint"    // missing, malformed or not signed by the log's key
+	KindWitness     = "witness"       // a witness that was asked for did not cosign the checkpoint
+	KindLeaf        = "leaf-mismatch" // an entry's bytes do not give the hash that the tree holds
+	KindMissing     = "missing"       // an entry or a tile of the signed tree is not there
+	KindTile        = "tile-mismatch" // a stored hash is not the hash of what lies below it
+	KindRoot        = "root-mismatch" // the tree does not give the signed root
+	KindFork        = "fork"          // the log does not continue an earlier checkpoint or bundle
+	KindRollback    = "rollback"      // the log is shorter than an earlier checkpoint
+	KindMalformed   = "malformed"     // an entry does not parse
+	KindTime        = "time"          // an entry's time lies before its predecessor's
+	KindDuplicate   = "duplicate"     // two entries bear one ID
+	KindOrder       = "order"         // an entry breaks the order of the record
+	KindSignature   = "signature"     // a decision's passkey signature does not hold, or an enrolment's story
+	KindUse         = "use-outside"   // a use outside its credential's life
+	KindHold        = "hold"          // a hold that holds nothing, or is lifted without having been placed
+	KindErasure     = "erasure"       // texts erased before their time, under a hold, or without retention
+	KindRule        = "rule"          // fewer people asked than the catalogue in force wants
+	KindPolicy      = "policy"        // a catalogue or policy is not the one that its entry names
+	KindAnchor      = "anchor"        // the login behind a passkey was not signed by the provider given
+	KindMember      = "member"        // a bundle's member is missing, doubled, unexpected or unreadable
+	KindDigest      = "digest"        // a member is not the file that the manifest names
+	KindManifest    = "manifest"      // the manifest says something that the record does not
+	KindWindow      = "window"        // an entry lies outside the window or its filters, or one of the window is missing
+	KindOpening     = "opening"       // a text does not open the commitment of its entry
+	KindTextMissing = "text-missing"  // a text is missing, and its erasure is not on record
+	KindErasedText  = "erased-text"   // a text is there, though its erasure is on record
+	KindExport      = "export"        // the export is not on record as the manifest tells it
+	KindTable       = "table"         // a table is not what the entries give
+	KindReport      = "report"        // REPORT.html is not what the entries give
+
+	maxFindings = 50 // of a kind: a log that is wrong everywhere need not be listed whole
+	bundleWidth = torchwood.TileWidth
 )
 
-// Report is what a verification saw.
+// Report is what a verification saw. Findings are sorted by entry and kind.
 type Report struct {
 	Origin     string    `json:"origin"`
 	Size       int64     `json:"size"`
 	Root       string    `json:"root"`
 	Checkpoint string    `json:"checkpoint"`
-	Leaves     int64     `json:"leaves"`        // entries whose bytes were read and hashed
-	Since      int64     `json:"since"`         // size of the earlier checkpoint that this log continues, 0 for none
-	From       string    `json:"from,omitzero"` // time of the first entry
-	To         string    `json:"to,omitzero"`   // time of the last entry
+	Leaves     int64     `json:"leaves"`             // entries whose bytes were read and hashed
+	Since      int64     `json:"since"`              // size of the earlier checkpoint that this log continues, 0 for none
+	From       string    `json:"from,omitzero"`      // time of the first entry
+	To         string    `json:"to,omitzero"`        // time of the last entry
+	Witnesses  []string  `json:"witnesses,omitzero"` // those asked for that cosigned the checkpoint, with the time
+	Bundle     *Contents `json:"bundle,omitzero"`    // of a bundle; nil for a log
+	Signed     int64     `json:"signed"`             // decisions whose passkey signature was checked
+	Enrolled   int64     `json:"enrolled"`           // passkeys whose enrolment was read
+	Anchored   int64     `json:"anchored"`           // those whose login was checked against a provider's keys
+	Ruled      int64     `json:"ruled"`              // decisions and intents that were compared with the catalogue they name
 	Findings   []Finding `json:"findings"`
-	Cut        bool      `json:"cut,omitzero"` // there were more findings than are listed
+	Cut        bool      `json:"cut,omitzero"`       // there were more findings than are listed
+	Unchecked  []string  `json:"unchecked,omitzero"` // what was asked for and could not be checked
+	Notes      []string  `json:"notes,omitzero"`     // what to know, and no finding
+	Heads      []string  `json:"heads,omitzero"`     // of a fork or rollback: both signed checkpoints, the evidence for it
+
+	mu      sync.Mutex
+	kinds   map[string]int
+	earlier string // the checkpoint that the log must continue
+}
+
+// Contents is what a bundle holds.
+type Contents struct {
+	From     int64             `json:"from"` // window, as indexes
+	To       int64             `json:"to"`   // exclusive
+	Complete bool              `json:"complete"`
+	Filters  map[string]string `json:"filters,omitzero"`
+	Entries  int64             `json:"entries"` // of the window
+	Context  int64             `json:"context"` // entries outside it that it is judged by
+	Sealed   int64             `json:"sealed"`  // texts that open their commitments
+	Files    int               `json:"files"`   // members whose digests were compared
 }
 
 // OK reports whether nothing was found.
 func (r *Report) OK() bool { return len(r.Findings) == 0 }
 
 func (r *Report) add(index int64, kind, format string, a ...any) {
-	if len(r.Findings) >= maxFindings {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.kinds == nil {
+		r.kinds = map[string]int{}
+	}
+	if r.kinds[kind]++; r.kinds[kind] > maxFindings {
 		r.Cut = true
 		return
 	}
 	r.Findings = append(r.Findings, Finding{index, kind, fmt.Sprintf(format, a...)})
 }
 
-// Options of Verify.
+func (r *Report) note(format string, a ...any) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.Notes = append(r.Notes, fmt.Sprintf(format, a...))
+}
+
+// done sorts what goroutines found side by side.
+func (r *Report) done() *Report {
+	slices.SortStableFunc(r.Findings, func(a, b Finding) int {
+		return cmp.Or(cmp.Compare(a.Index, b.Index), cmp.Compare(a.Kind, b.Kind))
+	})
+	slices.Sort(r.Notes)
+	return r
+}
+
+// Options of Verify and VerifyBundle.
 type Options struct {
 	Log      *store.LogVerifier      // the log's key, from a trusted place
 	Since    string                  // an earlier signed checkpoint, or empty
+	Common   []EntryHash             // entries of an earlier bundle, ascending (see ReadSince)
+	Witness  []string                // verifier keys of witnesses (C2SP tlog-cosignature) that must have cosigned
+	Provider map[string][]byte       // JWK sets of identity providers by issuer, from a trusted place
+	Rules    Rules                   // reads catalogues; nil: no rule is compared with one
 	Progress func(done, total int64) // called now and then; may be nil
 }
 
-// Verify reads the whole log and checks: the checkpoint's signature, every
-// entry against its leaf hash, every stored hash against those below it, the
-// root, continuity with an earlier checkpoint, and the sense of the story
-// (each entry admissible after those before it, times that never go back, no
-// ID twice). A log that is wrong is a report with findings; an error (wrapping
+// Verify reads the whole log and checks: the checkpoint's signature and
+// cosignatures, every entry against its leaf hash, every stored hash against
+// those below it, the root, continuity with what was seen earlier, and the sense
+// of the story (each entry admissible after those before it, times that never go
+// back, no ID twice, no use outside a credential's life, no erasure before its
+// time or under a hold). The texts behind commitments are not in a Source, so
+// what needs them (rules against the catalogue, logins behind passkeys) is for
+// VerifyBundle. A log that is wrong is a report with findings; an error (wrapping
 // ErrUnchecked) says that no verdict was reached.
 func Verify(ctx context.Context, src Source, o Options) (*Report, error) {
 	if o.Log == nil {
 		return nil, fmt.Errorf("%w: no log key given", ErrUnchecked)
 	}
 	r := &Report{Origin: o.Log.Origin(), Findings: []Finding{}}
+	witnesses, err := newWitnesses(o.Witness)
+	if err != nil {
+		return nil, err
+	}
+	j, err := newJudge(r, &o, true, false)
+	if err != nil {
+		return nil, err
+	}
 	signed, err := src.Checkpoint(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("%w: checkpoint: %w", ErrUnchecked, err)
 	}
+	head, ok := r.head(signed, &o, witnesses)
+	if !ok {
+		return r.done(), nil
+	}
+	since := r.since(&o, head)
+	w := &walk{src: src, r: r, head: head.Tree, since: since, judge: j, earlier: &follow{r: r, common: o.Common}, progress: o.Progress}
+	if err := w.leaves(ctx); err != nil {
+		return nil, err
+	}
+	if w.blind {
+		r.note("entries were not shown to this reader: the tree was checked from its hashes alone, and no entry was read")
+	} else {
+		j.finish()
+	}
+	return r.done(), nil
+}
+
+// head reads the checkpoint and checks who signed it. One that is not signed by
+// the log's key is still returned, so that what is wrong inside is named too;
+// false says that there is nothing to go on.
+func (r *Report) head(signed string, o *Options, witnesses []*torchwood.CosignatureVerifier) (torchwood.Checkpoint, bool) {
 	r.Checkpoint = signed
 	head, err := o.Log.Checkpoint(signed)
 	if err != nil {
 		r.add(NoIndex, KindCheckpoint, "not signed by the key of %s: %v", o.Log.Origin(), err)
-		// The tree is still read, so that what is wrong inside is named too.
-		head, err = unverified(signed)
-		if err != nil {
-			return r, nil
+		if head, err = unverified(signed); err != nil {
+			return head, false
 		}
 	}
 	r.Size, r.Root = head.N, base64.StdEncoding.EncodeToString(head.Hash[:])
-
-	var since torchwood.Checkpoint
-	if o.Since != "" {
-		since, err = o.Log.Checkpoint(o.Since)
-		if err != nil {
-			r.add(NoIndex, KindCheckpoint, "the earlier checkpoint is not signed by the key of %s: %v", o.Log.Origin(), err)
-			since = torchwood.Checkpoint{}
-		} else if since.N > head.N {
-			r.add(NoIndex, KindRollback, "the log has %d entries, but an earlier checkpoint signed %d: the tail is cut off or an older copy was put back", head.N, since.N)
-			since = torchwood.Checkpoint{}
+	for _, w := range witnesses {
+		n, err := note.Open([]byte(signed), note.VerifierList(w))
+		if err != nil || len(n.Sigs) == 0 {
+			r.add(NoIndex, KindWitness, "%s did not cosign the checkpoint of size %d", w.Name(), head.N)
+			continue
 		}
+		name := w.Name()
+		if t, err := torchwood.CosignatureTimestamp(n.Sigs[0]); err == nil {
+			name += " at " + time.Unix(t, 0).UTC().Format(time.RFC3339)
+		}
+		r.Witnesses = append(r.Witnesses, name)
 	}
+	return head, true
+}
 
-	w := &walk{src: src, r: r, head: head.Tree, since: since, state: store.NewReplay(), keys: store.NewPasskeys(o.Log.Origin()), ids: map[string]int64{}, progress: o.Progress}
-	if err := w.leaves(ctx); err != nil {
-		return nil, err
+// newWitnesses reads verifier keys of witnesses (C2SP tlog-cosignature).
+func newWitnesses(keys []string) ([]*torchwood.CosignatureVerifier, error) {
+	var list []*torchwood.CosignatureVerifier
+	for _, k := range keys {
+		v, err := torchwood.NewCosignatureVerifier(strings.TrimSpace(k))
+		if err != nil {
+			return nil, fmt.Errorf("%w: witness key %.200q: %v", ErrUnchecked, k, err)
+		}
+		list = append(list, v)
 	}
-	return r, nil
+	return list, nil
 }
 
 // unverified parses the body of a signed note whose signature does not hold.
@@ -164,10 +274,8 @@ type walk struct {
 	r        *Report
 	head     tlog.Tree
 	since    torchwood.Checkpoint
-	state    *store.State
-	keys     *store.Passkeys
-	ids      map[string]int64
-	last     store.Time
+	judge    *judge
+	earlier  *follow
 	progress func(done, total int64)
 	blind    bool // entries are not shown: leaf hashes come from level 0
 
@@ -266,12 +374,9 @@ func (w *walk) bundle(ctx context.Context, n int64, width int, stored []tlog.Has
 		if err := w.push(ctx, index, h); err != nil {
 			return err
 		}
+		w.earlier.compare(index, h)
 		if index+1 == w.since.N {
-			w.r.Since = w.since.N
-			if root := w.root(); root != w.since.Hash {
-				w.r.Since = 0
-				w.r.add(NoIndex, KindFork, "at size %d an earlier checkpoint signed root %s, this log gives %s: the record was rewritten", w.since.N, w.since.Hash, root)
-			}
+			w.r.continues(w.since, w.root())
 		}
 	}
 	return nil
@@ -331,7 +436,7 @@ func (w *walk) root() tlog.Hash {
 	return h
 }
 
-// story checks one entry against those before it.
+// story judges one entry.
 func (w *walk) story(index int64, leaf []byte) {
 	w.r.Leaves++
 	e, err := store.ParseLeaf(leaf)
@@ -339,29 +444,14 @@ func (w *walk) story(index int64, leaf []byte) {
 		w.r.add(index, KindMalformed, "%v", err)
 		return
 	}
-	if first, ok := w.ids[e.ID]; ok {
-		w.r.add(index, KindDuplicate, "its ID %s is that of entry %d", e.ID, first)
-	} else {
-		w.ids[e.ID] = index
+	w.r.span(e)
+	w.judge.take(index, leaf, e, nil)
+}
+
+// span notes the times between which entries lie.
+func (r *Report) span(e *store.Entry) {
+	if r.From == "" {
+		r.From = e.Time.String()
 	}
-	if e.Time.Before(w.last.Time) {
-		w.r.add(index, KindTime, "its time %s lies before %s, that of an entry before it", e.Time, w.last)
-	} else {
-		w.last = e.Time
-	}
-	if w.r.From == "" {
-		w.r.From = e.Time.String()
-	}
-	w.r.To = e.Time.String()
-	b := w.state.Begin()
-	// The recorder's own entries and its writers' are told apart by type: no
-	// recorder admits a person's decision from a writer.
-	if err := b.Admit(e, leaf, index, !e.Type.Writable()); err != nil {
-		w.r.add(index, KindOrder, "%v", err)
-		return
-	}
-	b.Commit()
-	if err := w.keys.Take(e); err != nil {
-		w.r.add(index, KindSignature, "%v", err)
-	}
+	r.To = e.Time.String()
 }
