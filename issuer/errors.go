@@ -66,7 +66,7 @@ const (
 // repeat what it was sent (a database plugin quotes statements), so nothing
 // else of it is passed on.
 var harmless = []string{
-	"permission denied", "invalid token", "bad token", "Vault is sealed", "invalid accessor", "invalid lease",
+	"permission denied", "invalid token", "bad token", "Vault is sealed", "invalid accessor", "token not found", "invalid lease",
 	"unknown role", "no handler for route", "unsupported path", "unsupported operation", "role not found",
 	"could not be found", "rate limit quota exceeded", "local node not active", "request timed out",
 	"TTL is larger than", "context deadline exceeded",

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net/http"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -186,6 +187,36 @@ func TestRevocationSaysWhenItDidNotHappen(t *testing.T) {
 	}
 	if err := b.iss.Activate(t.Context(), m); !errors.Is(err, ErrVaultRefused) {
 		t.Errorf("a revoked credential was renewed: %v", err)
+	}
+}
+
+func TestATokenThatOthersAreRevokingCountsAsRevoked(t *testing.T) {
+	t.Parallel()
+	var proxy *vaulttest.Proxy
+	b := newBench(t, benchOptions{change: func(c *Config) {
+		proxy = vaulttest.NewProxy(t, c.Addr)
+		c.Addr = proxy.Addr
+	}})
+	for range 20 {
+		m := b.mint(ask{scope: "vault:demo-read"})
+		var wg sync.WaitGroup
+		for range 16 {
+			wg.Go(func() {
+				if err := b.iss.Revoke(t.Context(), m.Issued); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		wg.Wait()
+	}
+	if live := b.live(); len(live) != 0 {
+		t.Errorf("alive after it: %q", live)
+	}
+	// What Vault answers while another call is at it, however the calls above fell.
+	m := b.mint(ask{scope: "vault:demo-read"})
+	proxy.Set(vaulttest.Fault{On: "auth/token/revoke-accessor", Status: http.StatusBadRequest, Body: `{"errors":["1 error occurred:\n\t* token not found\n\n"]}`})
+	if err := b.iss.Revoke(t.Context(), m.Issued); err != nil {
+		t.Error(err)
 	}
 }
 
