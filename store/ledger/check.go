@@ -417,11 +417,12 @@ func (l *Ledger) checkSealed(ctx context.Context, q querier, from, to int64) err
 	}, "SELECT s.idx, s.field, s.box, e.body FROM sealed s LEFT JOIN entries e ON e.idx = s.idx WHERE s.idx >= ? AND s.idx < ?", from, to); err != nil {
 		return err
 	}
+	unkeyed := map[int64]bool{}
 	for _, b := range boxes {
 		var key []byte
 		err := l.keys.QueryRowContext(ctx, "SELECT key FROM keys WHERE entry = ?", b.id).Scan(&key)
 		if errors.Is(err, sql.ErrNoRows) {
-			l.o.Log.Warn("a sealed text has no key", zap.Int64("entry", b.idx), zap.String("field", b.field))
+			unkeyed[b.idx] = true
 			continue
 		}
 		if err != nil {
@@ -432,7 +433,7 @@ func (l *Ledger) checkSealed(ctx context.Context, q querier, from, to int64) err
 			return fmt.Errorf("%w: the sealed text %q of entry %d is not what the entry commits to", ErrMismatch, b.field, b.idx)
 		}
 	}
-	return nil
+	return l.checkMissing(ctx, q, from, to, unkeyed)
 }
 
 // checkPages has SQLite compare the indexes with the table, page by page. An

@@ -71,6 +71,11 @@ func (l *Ledger) Append(ctx context.Context, by Author, lines [][]byte) (*store.
 			g.lines[i].gate = l.o.Gate(g.lines[i].sub)
 		}
 	}
+	ctx, free, err := l.guard(ctx, by, g)
+	if err != nil {
+		return nil, err
+	}
+	defer free()
 	if l.ctx.Err() != nil {
 		return nil, l.closedErr()
 	}
@@ -196,6 +201,9 @@ func (l *Ledger) writeLoop() {
 		select {
 		case g := <-l.queue:
 			batch = append(batch, g)
+		case job := <-l.erasing.jobs:
+			job()
+			continue
 		case <-l.ctx.Done():
 			return // Append looks after what is still queued
 		}

@@ -38,6 +38,9 @@ func TestMain(m *testing.M) {
 	if dir := os.Getenv("COUNTERSIGN_TEST_APPEND"); dir != "" {
 		appendForever(dir)
 	}
+	if dir := os.Getenv("COUNTERSIGN_TEST_ERASE"); dir != "" {
+		eraseAndDie(dir, os.Getenv("COUNTERSIGN_TEST_STAGE"))
+	}
 	flag.Parse()
 	if f := flag.Lookup("rapid.checks"); f.Value.String() == f.DefValue {
 		f.Value.Set("20") // each check writes a ledger to disk

@@ -99,6 +99,7 @@ func (o *Options) defaults() error {
 type Author struct {
 	Name     string // the authenticated writer, stamped on its entries
 	Recorder bool   // the recorder itself writes: types that no writer may append are allowed
+	erases   bool   // Erase writes, see guard
 }
 
 // Ledger is an open ledger. It is safe for concurrent use.
@@ -130,6 +131,8 @@ type Ledger struct {
 	err    atomic.Pointer[error]
 
 	wr writer // used by the writing goroutine alone
+
+	erasing erasing
 }
 
 // Open opens or creates the ledger in o.Dir. It recomputes the head from the
@@ -156,7 +159,7 @@ func Open(ctx context.Context, o Options) (_ *Ledger, err error) {
 		queue:    make(chan *group, maxBatch),
 		headFile: headFile{path: o.HeadFile, due: make(chan struct{}, 1)},
 		grown:    make(chan struct{}), done: make(chan struct{}), written: make(chan struct{}),
-		open: map[string]*store.Request{},
+		open: map[string]*store.Request{}, erasing: erasing{jobs: make(chan func())},
 	}
 	l.ctx, l.cancel = context.WithCancel(context.Background())
 	defer func() {
