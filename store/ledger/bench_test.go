@@ -13,14 +13,18 @@ import (
 	"time"
 )
 
-func BenchmarkAppend1(b *testing.B)   { benchmarkAppend(b, 1) }
-func BenchmarkAppend64(b *testing.B)  { benchmarkAppend(b, 64) }
-func BenchmarkAppend256(b *testing.B) { benchmarkAppend(b, 256) }
+func BenchmarkAppend1(b *testing.B)   { benchmarkAppend(b, onSQLite, 1) }
+func BenchmarkAppend64(b *testing.B)  { benchmarkAppend(b, onSQLite, 64) }
+func BenchmarkAppend256(b *testing.B) { benchmarkAppend(b, onSQLite, 256) }
+
+func BenchmarkPostgresAppend1(b *testing.B)   { benchmarkAppend(b, onPostgres, 1) }
+func BenchmarkPostgresAppend64(b *testing.B)  { benchmarkAppend(b, onPostgres, 64) }
+func BenchmarkPostgresAppend256(b *testing.B) { benchmarkAppend(b, onPostgres, 256) }
 
 // benchmarkAppend appends leaves of 800 bytes from n goroutines, each one entry
 // at a time, and reports the rate and the latencies.
-func benchmarkAppend(b *testing.B, n int) {
-	f := newFixture(b)
+func benchmarkAppend(b *testing.B, on engineName, n int) {
+	f := newFixtureOn(b, on)
 	f.o.Now = time.Now
 	l := f.open()
 	lines := make([][][]byte, b.N)

@@ -6,7 +6,6 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
-	"strings"
 	"time"
 
 	"github.com/countersign-dev/countersign/store"
@@ -16,12 +15,7 @@ import (
 // start reads the stored log, checks it as Open says, and readies the writer.
 func (l *Ledger) start(ctx context.Context) error {
 	w := &l.wr
-	var err error
-	if w.conn, err = l.w.Conn(ctx); err != nil {
-		return err
-	}
-	w.stmts = map[string]*sql.Stmt{}
-	if err := ensureSchema(ctx, w.conn); err != nil {
+	if err := l.e.ensureSchema(ctx, w.conn); err != nil {
 		return err
 	}
 	if _, err := l.keys.ExecContext(ctx, keysSchema); err != nil {
@@ -40,18 +34,18 @@ func (l *Ledger) start(ctx context.Context) error {
 		if h != nil {
 			size = h.size
 		}
-		return fmt.Errorf("%w: the head file %s signs a tree of %d entries, the database holds %d: it was cut or put back to an older state", ErrMismatch, l.o.HeadFile, outside.N, size)
+		return l.headAhead(outside.N, size)
 	}
 	if h == nil { // a new ledger, or a crash before its first checkpoint
 		if h, err = sign(l.o.Signer, &frontier{}); err != nil {
 			return err
 		}
-		if err := w.exec(ctx, "INSERT INTO checkpoints (size, note) VALUES (?, ?)", h.size, h.note); err != nil {
+		if err := w.exec(ctx, "INSERT INTO checkpoints (size, note) VALUES ($1, $2)", h.size, h.note); err != nil {
 			return err
 		}
 	}
 	if outside == nil && h.size > 0 {
-		return fmt.Errorf("%w: the head file %s is missing: put it back, or put there the newest checkpoint of this log that you trust", ErrMismatch, l.o.HeadFile)
+		return l.headMissing()
 	}
 	if outside != nil {
 		f, err := l.frontierAt(ctx, w.conn, outside.N)
@@ -99,7 +93,7 @@ func (l *Ledger) start(ctx context.Context) error {
 		for n := max(0, count-max(min(keepNodes, l.o.CheckNewest)>>lv, minNodes)); n < count; n++ {
 			ns = append(ns, node{lv, n})
 		}
-		hs, err := readNodes(ctx, w.conn, ns)
+		hs, err := readNodes(ctx, l.e, w.conn, ns)
 		if err != nil {
 			return err
 		}
@@ -115,6 +109,14 @@ func (l *Ledger) start(ctx context.Context) error {
 		return fmt.Errorf("writing the head file: %w", err)
 	}
 	return nil
+}
+
+func (l *Ledger) headAhead(outside, stored int64) error {
+	return fmt.Errorf("%w: the head file %s signs a tree of %d entries, the database holds %d: it was cut or put back to an older state", ErrMismatch, l.o.HeadFile, outside, stored)
+}
+
+func (l *Ledger) headMissing() error {
+	return fmt.Errorf("%w: the head file %s is missing: put it back, or put there the newest checkpoint of this log that you trust", ErrMismatch, l.o.HeadFile)
 }
 
 // newestCheckpoint returns the newest stored head, verified, and checks that
@@ -150,7 +152,7 @@ func (l *Ledger) newestCheckpoint(ctx context.Context, q querier) (*head, error)
 func (l *Ledger) frontierAt(ctx context.Context, q querier, size int64) (frontier, error) {
 	f := frontier{size: size}
 	ns := edgeNodes(size)
-	hs, err := readNodes(ctx, q, ns)
+	hs, err := readNodes(ctx, l.e, q, ns)
 	for i, h := range hs {
 		f.edge[ns[i].level] = h
 	}
@@ -273,7 +275,7 @@ func (l *Ledger) recheckLoop() {
 	defer l.tasks.Done()
 	for {
 		began := time.Now()
-		err := wrapCorrupt(l.recheck(l.ctx))
+		err := l.e.class(l.recheck(l.ctx))
 		switch {
 		case l.ctx.Err() != nil:
 			return
@@ -311,7 +313,7 @@ func (l *Ledger) recheck(ctx context.Context) error {
 		if err := p.scan(ctx, l.r, p.front.size+chunk); err != nil {
 			return err
 		}
-		if err := l.checkSealed(ctx, l.r, from, p.front.size); err != nil {
+		if err := l.checkBeside(ctx, l.r, from, p.front.size); err != nil {
 			return err
 		}
 		select {
@@ -346,7 +348,7 @@ func (l *Ledger) recheck(ctx context.Context) error {
 	if p.front.root() != h.root {
 		return fmt.Errorf("%w: the entries do not add up to the signed checkpoint of %d entries", ErrMismatch, h.size)
 	}
-	if err := l.checkSealed(ctx, tx, from, h.size); err != nil {
+	if err := l.checkBeside(ctx, tx, from, h.size); err != nil {
 		return err
 	}
 	rs, err := readOpen(ctx, tx)
@@ -359,7 +361,7 @@ func (l *Ledger) recheck(ctx context.Context) error {
 	if err := tx.Rollback(); err != nil {
 		return err
 	}
-	return l.checkPages(ctx, conn)
+	return l.e.checkPages(ctx, conn)
 }
 
 // readNotes reads the stored checkpoints of sizes in [from, to], by size.
@@ -371,7 +373,7 @@ func readNotes(ctx context.Context, q querier, from, to int64) (map[int64]string
 		err := rows.Scan(&size, &n)
 		notes[size] = n
 		return err
-	}, "SELECT size, note FROM checkpoints WHERE size >= ? AND size <= ?", from, to)
+	}, "SELECT size, note FROM checkpoints WHERE size >= $1 AND size <= $2", from, to)
 	return notes, err
 }
 
@@ -387,6 +389,14 @@ func (l *Ledger) checkNote(f *frontier, stored string) error {
 		return fmt.Errorf("%w: the checkpoint of %d entries is not the one that was signed", ErrMismatch, f.size)
 	}
 	return nil
+}
+
+// checkBeside compares what hangs on entries [from, to) with them.
+func (l *Ledger) checkBeside(ctx context.Context, q querier, from, to int64) error {
+	if err := l.e.checkColumns(ctx, q, from, to); err != nil {
+		return err
+	}
+	return l.checkSealed(ctx, q, from, to)
 }
 
 // checkSealed opens the sealed texts of entries [from, to). What is stored must
@@ -414,13 +424,13 @@ func (l *Ledger) checkSealed(ctx context.Context, q querier, from, to int64) err
 		b.commitment.String, b.commitment.Valid = e.Sealed[b.field], e.Sealed[b.field] != ""
 		boxes = append(boxes, b)
 		return nil
-	}, "SELECT s.idx, s.field, s.box, e.body FROM sealed s LEFT JOIN entries e ON e.idx = s.idx WHERE s.idx >= ? AND s.idx < ?", from, to); err != nil {
+	}, "SELECT s.idx, s.field, s.box, e.body FROM sealed s LEFT JOIN entries e ON e.idx = s.idx WHERE s.idx >= $1 AND s.idx < $2", from, to); err != nil {
 		return err
 	}
 	unkeyed := map[int64]bool{}
 	for _, b := range boxes {
 		var key []byte
-		err := l.keys.QueryRowContext(ctx, "SELECT key FROM keys WHERE entry = ?", b.id).Scan(&key)
+		err := l.keys.QueryRowContext(ctx, "SELECT key FROM keys WHERE entry = $1", b.id).Scan(&key)
 		if errors.Is(err, sql.ErrNoRows) {
 			unkeyed[b.idx] = true
 			continue
@@ -434,22 +444,4 @@ func (l *Ledger) checkSealed(ctx context.Context, q querier, from, to int64) err
 		}
 	}
 	return l.checkMissing(ctx, q, from, to, unkeyed)
-}
-
-// checkPages has SQLite compare the indexes with the table, page by page. An
-// altered index would otherwise hide entries from History.
-func (l *Ledger) checkPages(ctx context.Context, c *sql.Conn) error {
-	var found []string
-	if err := each(ctx, c, func(rows *sql.Rows) error {
-		var s string
-		err := rows.Scan(&s)
-		found = append(found, s)
-		return err
-	}, "PRAGMA integrity_check(5)"); err != nil {
-		return err
-	}
-	if len(found) != 1 || found[0] != "ok" {
-		return fmt.Errorf("%w: the database's pages: %s", ErrMismatch, strings.Join(found, "; "))
-	}
-	return nil
 }

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"database/sql"
+	"errors"
 	"fmt"
 	"maps"
 	"runtime"
@@ -175,20 +176,6 @@ func (w *writer) stmt(ctx context.Context, q string) (*sql.Stmt, error) {
 	return s, err
 }
 
-// insert adds rows of width values each by as few statements as there are.
-func (w *writer) insert(ctx context.Context, into string, width int, args []any) error {
-	row := ",(?" + strings.Repeat(",?", width-1) + ")"
-	for _, n := range []int{128, 32, 8, 3, 2, 1} {
-		for len(args) >= n*width {
-			if err := w.exec(ctx, into+" VALUES "+strings.Repeat(row, n)[1:], args[:n*width]...); err != nil {
-				return err
-			}
-			args = args[n*width:]
-		}
-	}
-	return nil
-}
-
 // writeLoop commits batches: whatever queued while the last commit ran is the
 // next one. There is no timer, so a lone append waits for nobody.
 func (l *Ledger) writeLoop() {
@@ -196,6 +183,12 @@ func (l *Ledger) writeLoop() {
 	defer close(l.written)
 	batch := make([]*group, 0, maxBatch)
 	last := 0 // how many appends the last batch took
+	var beat <-chan time.Time
+	if every := l.e.heartbeat(); every > 0 {
+		t := time.NewTicker(every)
+		defer t.Stop()
+		beat = t.C
+	}
 	for {
 		batch = batch[:0]
 		select {
@@ -203,6 +196,9 @@ func (l *Ledger) writeLoop() {
 			batch = append(batch, g)
 		case job := <-l.erasing.jobs:
 			job()
+			continue
+		case <-beat:
+			l.tryConnection()
 			continue
 		case <-l.ctx.Done():
 			return // Append looks after what is still queued
@@ -230,6 +226,15 @@ func (l *Ledger) writeLoop() {
 			close(g.done)
 		}
 		last = len(batch)
+	}
+}
+
+// tryConnection stops the ledger where the connection that writes is lost.
+func (l *Ledger) tryConnection() {
+	ctx, cancel := l.e.patience(context.Background())
+	defer cancel()
+	if err := l.wr.conn.PingContext(ctx); err != nil {
+		l.stop(fmt.Errorf("%w: %w", ErrLost, err))
 	}
 }
 
@@ -261,7 +266,8 @@ func (l *Ledger) commit(batch []*group) {
 	}
 	// The batch is not tied to a caller's context: who gave up waiting must not
 	// spoil it for the others.
-	ctx := context.Background()
+	ctx, cancel := l.e.patience(context.Background())
+	defer cancel()
 	if w.state == nil {
 		rs, err := readOpen(ctx, w.conn)
 		if err != nil {
@@ -298,7 +304,18 @@ func (l *Ledger) commit(batch []*group) {
 		}
 		if h, err = l.write(ctx, p); err != nil {
 			w.state = nil
-			fail(l.writeErr(err))
+			err = l.e.class(err)
+			switch {
+			case !errors.Is(err, errRefused):
+				fail(l.writeErr(err))
+			case len(batch) == 1:
+				fail(fmt.Errorf("%w: %w", store.ErrMalformed, err))
+			default: // one of them must not spoil it for the others
+				for i := range batch {
+					batch[i].err = nil
+					l.commit(batch[i : i+1])
+				}
+			}
 			return
 		}
 	}
@@ -309,6 +326,9 @@ func (l *Ledger) commit(batch []*group) {
 
 // writeErr is what the authors are told of err.
 func (l *Ledger) writeErr(err error) error {
+	if err = l.e.class(err); errors.Is(err, ErrLost) {
+		l.stop(err)
+	}
 	err = l.readErr(err)
 	l.o.Log.Warn("append failed", zap.Error(err))
 	return err
@@ -328,7 +348,7 @@ func (l *Ledger) lookUp(ctx context.Context, batch []*group) (map[string]recorde
 			arg.WriteString(`,"` + g.lines[i].sub.ID + `"`) // UUIDs need no escaping
 		}
 	}
-	s, err := l.wr.stmt(ctx, "SELECT e.id, e.idx, e.body FROM json_each(?) j CROSS JOIN entries e INDEXED BY entries_id ON e.id = j.value")
+	s, err := l.wr.stmt(ctx, "SELECT e.id, e.idx, e.body FROM "+l.e.list("text")+" CROSS JOIN entries e"+l.e.by("entries_id")+" WHERE e.id = j.value")
 	if err != nil {
 		return nil, err
 	}
@@ -438,37 +458,37 @@ func (l *Ledger) write(ctx context.Context, p *pending) (_ *head, err error) {
 	if err := l.putKeys(ctx, keys); err != nil {
 		return nil, err
 	}
-	if err := w.exec(ctx, "BEGIN IMMEDIATE"); err != nil {
+	if err := w.exec(ctx, l.e.begin()); err != nil {
 		return nil, err
 	}
 	defer func() {
 		if err != nil {
-			// SQLite may have rolled back already (disk full): then this fails, as
-			// it should.
+			// SQLite may have rolled back already (disk full), or PostgreSQL be gone:
+			// then this fails, as it should.
 			_, _ = w.conn.ExecContext(ctx, "ROLLBACK")
 		}
 	}()
-	if err := w.insert(ctx, "INSERT OR ROLLBACK INTO entries (idx, body)", 2, entries); err != nil {
+	if err := l.e.insert(ctx, w, "entries (idx, body)", 2, entries, ""); err != nil {
 		return nil, err
 	}
-	if err := w.insert(ctx, "INSERT OR ROLLBACK INTO hashes (idx, nodes)", 2, hashes); err != nil {
+	if err := l.e.insert(ctx, w, "hashes (idx, nodes)", 2, hashes, ""); err != nil {
 		return nil, err
 	}
-	if err := w.insert(ctx, "INSERT INTO sealed (idx, field, box)", 3, sealed); err != nil {
+	if err := l.e.insert(ctx, w, "sealed (idx, field, box)", 3, sealed, ""); err != nil {
 		return nil, err
 	}
 	var open []any
 	for id, r := range p.changes {
 		if r != nil {
 			open = append(open, id, encodeRequest(r))
-		} else if err := w.exec(ctx, "DELETE FROM open_requests WHERE request = ?", id); err != nil {
+		} else if err := w.exec(ctx, "DELETE FROM open_requests WHERE request = $1", id); err != nil {
 			return nil, err
 		}
 	}
-	if err := w.insert(ctx, "INSERT OR REPLACE INTO open_requests (request, state)", 2, open); err != nil {
+	if err := l.e.insert(ctx, w, "open_requests (request, state)", 2, open, " ON CONFLICT (request) DO UPDATE SET state = excluded.state"); err != nil {
 		return nil, err
 	}
-	if err := w.exec(ctx, "INSERT OR ROLLBACK INTO checkpoints (size, note) VALUES (?, ?)", h.size, h.note); err != nil {
+	if err := l.e.insert(ctx, w, "checkpoints (size, note)", 2, []any{h.size, h.note}, ""); err != nil {
 		return nil, err
 	}
 	if err := w.exec(ctx, "COMMIT"); err != nil {

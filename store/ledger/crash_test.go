@@ -45,7 +45,9 @@ func TestMain(m *testing.M) {
 	if f := flag.Lookup("rapid.checks"); f.Value.String() == f.DefValue {
 		f.Value.Set("20") // each check writes a ledger to disk
 	}
-	os.Exit(m.Run())
+	code := m.Run()
+	stopServer()
+	os.Exit(code)
 }
 
 // acked is one line of the child's output: an append that was answered.
@@ -65,7 +67,8 @@ func appendForever(dir string) {
 	if err != nil {
 		panic(err)
 	}
-	l, err := Open(context.Background(), Options{Dir: dir, Signer: signer, Verifier: vkey, PrivacyKey: make([]byte, 32), RecheckEvery: -1})
+	dsn := os.Getenv("COUNTERSIGN_TEST_POSTGRES")
+	l, err := Open(context.Background(), Options{Dir: dir, Postgres: dsn, Standby: dsn != "", Signer: signer, Verifier: vkey, PrivacyKey: make([]byte, 32), RecheckEvery: -1})
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
@@ -92,91 +95,94 @@ func appendForever(dir string) {
 }
 
 func TestEveryAcknowledgedEntrySurvivesKill9(t *testing.T) {
-	f := newFixture(t)
-	skey, vkey, err := note.GenerateKey(nil, origin)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if f.o.Signer, err = note.NewSigner(skey); err != nil {
-		t.Fatal(err)
-	}
-	f.o.Verifier, f.o.Now = vkey, time.Now
-	if f.verify, err = store.NewLogVerifier(vkey); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(filepath.Join(f.o.Dir, "key"), []byte(skey+"\n"+vkey), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	rounds := 5
-	if testing.Short() {
-		rounds = 2
-	}
-	var all []acked
-	for round := range rounds {
-		cmd := exec.Command(os.Args[0])
-		cmd.Env = append(os.Environ(), "COUNTERSIGN_TEST_APPEND="+f.o.Dir)
-		cmd.Stderr = os.Stderr
-		cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-		out, err := cmd.StdoutPipe()
+	onBoth(t, func(t *testing.T, on engineName) {
+		f := newFixtureOn(t, on)
+		skey, vkey, err := note.GenerateKey(nil, origin)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := cmd.Start(); err != nil {
+		if f.o.Signer, err = note.NewSigner(skey); err != nil {
 			t.Fatal(err)
 		}
-		n, in := 0, bufio.NewScanner(out)
-		for in.Scan() {
-			var a acked
-			if json.Unmarshal(in.Bytes(), &a) != nil {
-				break // cut by the kill
-			}
-			all = append(all, a)
-			if n++; n == 40+37*round {
-				cmd.Process.Kill()
-			}
-		}
-		cmd.Wait()
-		if n < 40 {
-			t.Fatalf("only %d appends before the kill", n)
-		}
-	}
-	l := f.open()
-	leaves := map[string]int64{}
-	for s, err := range l.Entries(t.Context(), 0, l.Size()) {
-		if err != nil {
+		f.o.Verifier, f.o.Now = vkey, time.Now
+		if f.verify, err = store.NewLogVerifier(vkey); err != nil {
 			t.Fatal(err)
 		}
-		e, err := store.ParseLeaf(s.Leaf)
-		if err != nil {
+		if err := os.WriteFile(filepath.Join(f.o.Dir, "key"), []byte(skey+"\n"+vkey), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		leaves[e.ID] = s.Index
-	}
-	now, err := f.verify.Checkpoint(l.Head())
-	if err != nil {
-		t.Fatal(err)
-	}
-	for i, a := range all {
-		if at, ok := leaves[a.ID]; !ok || at != a.Index {
-			t.Fatalf("acknowledged entry %s at %d: found %v at %d", a.ID, a.Index, ok, at)
+		rounds := 5
+		if testing.Short() {
+			rounds = 2
 		}
-		if i%20 == 0 {
-			c, err := f.verify.Checkpoint(a.Head)
+		var all []acked
+		for round := range rounds {
+			cmd := exec.Command(os.Args[0])
+			cmd.Env = append(os.Environ(), "COUNTERSIGN_TEST_APPEND="+f.o.Dir, "COUNTERSIGN_TEST_POSTGRES="+f.o.Postgres)
+			cmd.Stderr = os.Stderr
+			cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+			out, err := cmd.StdoutPipe()
 			if err != nil {
 				t.Fatal(err)
 			}
-			p, err := l.Consistency(t.Context(), c.N, now.N)
+			if err := cmd.Start(); err != nil {
+				t.Fatal(err)
+			}
+			n, in := 0, bufio.NewScanner(out)
+			for in.Scan() {
+				var a acked
+				if json.Unmarshal(in.Bytes(), &a) != nil {
+					break // cut by the kill
+				}
+				all = append(all, a)
+				if n++; n == 40+37*round {
+					cmd.Process.Kill()
+				}
+			}
+			cmd.Wait()
+			if n < 40 {
+				t.Fatalf("only %d appends before the kill", n)
+			}
+		}
+		f.o.Standby = on == onPostgres // the server may take a moment to see that the client is gone
+		l := f.open()
+		leaves := map[string]int64{}
+		for s, err := range l.Entries(t.Context(), 0, l.Size()) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if err := tlog.CheckTree(p, now.N, now.Hash, c.N, c.Hash); err != nil {
-				t.Fatalf("the acknowledged tree of %d is not part of the log: %v", c.N, err)
+			e, err := store.ParseLeaf(s.Leaf)
+			if err != nil {
+				t.Fatal(err)
+			}
+			leaves[e.ID] = s.Index
+		}
+		now, err := f.verify.Checkpoint(l.Head())
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i, a := range all {
+			if at, ok := leaves[a.ID]; !ok || at != a.Index {
+				t.Fatalf("acknowledged entry %s at %d: found %v at %d", a.ID, a.Index, ok, at)
+			}
+			if i%20 == 0 {
+				c, err := f.verify.Checkpoint(a.Head)
+				if err != nil {
+					t.Fatal(err)
+				}
+				p, err := l.Consistency(t.Context(), c.N, now.N)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if err := tlog.CheckTree(p, now.N, now.Hash, c.N, c.Hash); err != nil {
+					t.Fatalf("the acknowledged tree of %d is not part of the log: %v", c.N, err)
+				}
 			}
 		}
-	}
-	if err := l.recheck(t.Context()); err != nil {
-		t.Fatal(err)
-	}
+		if err := l.recheck(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	})
 }
 
 func TestAFullDiskRefusesAppendsWholeAndPassesWhenThereIsSpace(t *testing.T) {
@@ -237,216 +243,224 @@ func TestAFullDiskRefusesAppendsWholeAndPassesWhenThereIsSpace(t *testing.T) {
 }
 
 func TestAppendsAreRefusedWhileTheHeadFileCannotBeWritten(t *testing.T) {
-	f := newFixture(t)
-	l := f.open()
-	f.append(l, used("r"))
-	// A directory where the new head is to be written: not even root gets past it.
-	inTheWay := l.headFile.path + ".new"
-	for os.Mkdir(inTheWay, 0o700) != nil {
-		runtime.Gosched() // a write under way has its file there
-	}
-	// The write runs beside the appends, so that a few more of them get through.
-	until := func(refused bool) {
-		t.Helper()
-		for end := time.Now().Add(30 * time.Second); ; time.Sleep(time.Millisecond) {
-			_, err := l.Append(t.Context(), broker, wire(t, used("r")))
-			if err != nil && !errors.Is(err, store.ErrUnavailable) {
-				t.Fatal(err)
-			}
-			if (err != nil) == refused {
-				return
-			}
-			if time.Now().After(end) {
-				t.Fatalf("refused is never %t", refused)
+	onBoth(t, func(t *testing.T, on engineName) {
+		f := newFixtureOn(t, on)
+		l := f.open()
+		f.append(l, used("r"))
+		// A directory where the new head is to be written: not even root gets past it.
+		inTheWay := l.headFile.path + ".new"
+		for os.Mkdir(inTheWay, 0o700) != nil {
+			runtime.Gosched() // a write under way has its file there
+		}
+		// The write runs beside the appends, so that a few more of them get through.
+		until := func(refused bool) {
+			t.Helper()
+			for end := time.Now().Add(30 * time.Second); ; time.Sleep(time.Millisecond) {
+				_, err := l.Append(t.Context(), broker, wire(t, used("r")))
+				if err != nil && !errors.Is(err, store.ErrUnavailable) {
+					t.Fatal(err)
+				}
+				if (err != nil) == refused {
+					return
+				}
+				if time.Now().After(end) {
+					t.Fatalf("refused is never %t", refused)
+				}
 			}
 		}
-	}
-	until(true)
-	if err := os.Remove(inTheWay); err != nil {
-		t.Fatal(err)
-	}
-	until(false)
+		until(true)
+		if err := os.Remove(inTheWay); err != nil {
+			t.Fatal(err)
+		}
+		until(false)
+	})
 }
 
 func TestManyWritersAndReadersAtOnceHaveOneLog(t *testing.T) {
-	f := newFixture(t)
-	l := f.open()
-	ctx, cancel := context.WithCancel(t.Context())
-	var wg, readers sync.WaitGroup
-	for r := range 3 {
-		readers.Go(func() {
-			for ctx.Err() == nil {
-				switch r {
-				case 0:
-					a, err := l.OpenSet(ctx, "")
-					if err == nil {
+	onBoth(t, func(t *testing.T, on engineName) {
+		f := newFixtureOn(t, on)
+		l := f.open()
+		ctx, cancel := context.WithCancel(t.Context())
+		var wg, readers sync.WaitGroup
+		for r := range 3 {
+			readers.Go(func() {
+				for ctx.Err() == nil {
+					switch r {
+					case 0:
+						a, err := l.OpenSet(ctx, "")
+						if err == nil {
+							for i := range a.Entries {
+								if _, err := f.verify.Check(a.Receipt(i)); err != nil {
+									t.Error(err)
+								}
+							}
+						}
+					case 1:
+						if _, err := l.History(ctx, Query{Orchestrator: "demo", Limit: 20}); err != nil && ctx.Err() == nil {
+							t.Error(err)
+						}
+					case 2:
+						if err := l.recheck(ctx); err != nil && ctx.Err() == nil {
+							t.Error(err)
+						}
+					}
+				}
+			})
+		}
+		const writers, each = 16, 20
+		for w := range writers {
+			wg.Go(func() {
+				for i := range each {
+					s := f.story(fmt.Sprintf("req_%d_%d", w, i), i%2 == 0)
+					intent := s.issuing(1)
+					for _, step := range [][]*store.Submission{{s.requested(), intent}, {s.issued(intent, 1)}, {s.closed(store.CredentialRevoked, intent, 1)}} {
+						a, err := l.Append(ctx, broker, wire(t, step...))
+						if err != nil {
+							t.Error(err)
+							return
+						}
 						for i := range a.Entries {
 							if _, err := f.verify.Check(a.Receipt(i)); err != nil {
 								t.Error(err)
 							}
 						}
 					}
-				case 1:
-					if _, err := l.History(ctx, Query{Orchestrator: "demo", Limit: 20}); err != nil && ctx.Err() == nil {
-						t.Error(err)
-					}
-				case 2:
-					if err := l.recheck(ctx); err != nil && ctx.Err() == nil {
-						t.Error(err)
-					}
 				}
-			}
-		})
-	}
-	const writers, each = 16, 20
-	for w := range writers {
-		wg.Go(func() {
-			for i := range each {
-				s := f.story(fmt.Sprintf("req_%d_%d", w, i), i%2 == 0)
-				intent := s.issuing(1)
-				for _, step := range [][]*store.Submission{{s.requested(), intent}, {s.issued(intent, 1)}, {s.closed(store.CredentialRevoked, intent, 1)}} {
-					a, err := l.Append(ctx, broker, wire(t, step...))
-					if err != nil {
-						t.Error(err)
-						return
-					}
-					for i := range a.Entries {
-						if _, err := f.verify.Check(a.Receipt(i)); err != nil {
-							t.Error(err)
-						}
-					}
-				}
-			}
-		})
-	}
-	wg.Wait()
-	cancel()
-	readers.Wait()
-	if l.Size() != writers*each*4 {
-		t.Fatalf("size %d", l.Size())
-	}
-	if err := l.recheck(t.Context()); err != nil {
-		t.Fatal(err)
-	}
+			})
+		}
+		wg.Wait()
+		cancel()
+		readers.Wait()
+		if l.Size() != writers*each*4 {
+			t.Fatalf("size %d", l.Size())
+		}
+		if err := l.recheck(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	})
 }
 
 func TestOfFiftyRacersForOneJoinOneWins(t *testing.T) {
-	f := newFixture(t)
-	l := f.open()
-	var wg sync.WaitGroup
-	results := make(chan error, 50)
-	for i := range 50 {
-		wg.Go(func() {
-			s := f.story(fmt.Sprint("req_", i), true)
-			r := s.requested()
-			r.SetDetails(store.RequestedDetails{Grant: s.grant, Join: "one", Keyed: true})
-			_, err := l.Append(t.Context(), Author{Name: fmt.Sprint("broker-", i%2)}, wire(t, r, s.issuing(1)))
-			results <- err
-		})
-	}
-	wg.Wait()
-	close(results)
-	won := 0
-	for err := range results {
-		if err == nil {
-			won++
-		} else if !isOrder(err, store.OrderJoined) {
-			t.Error(err)
+	onBoth(t, func(t *testing.T, on engineName) {
+		f := newFixtureOn(t, on)
+		l := f.open()
+		var wg sync.WaitGroup
+		results := make(chan error, 50)
+		for i := range 50 {
+			wg.Go(func() {
+				s := f.story(fmt.Sprint("req_", i), true)
+				r := s.requested()
+				r.SetDetails(store.RequestedDetails{Grant: s.grant, Join: "one", Keyed: true})
+				_, err := l.Append(t.Context(), Author{Name: fmt.Sprint("broker-", i%2)}, wire(t, r, s.issuing(1)))
+				results <- err
+			})
 		}
-	}
-	if won != 1 || l.Size() != 2 {
-		t.Fatalf("%d won, %d entries", won, l.Size())
-	}
+		wg.Wait()
+		close(results)
+		won := 0
+		for err := range results {
+			if err == nil {
+				won++
+			} else if !isOrder(err, store.OrderJoined) {
+				t.Error(err)
+			}
+		}
+		if won != 1 || l.Size() != 2 {
+			t.Fatalf("%d won, %d entries", won, l.Size())
+		}
+	})
 }
 
 func TestWhateverIsAppendedTheLogHoldsWhatWasAcknowledgedInOrder(t *testing.T) {
-	rapid.Check(t, func(rt *rapid.T) {
-		f := newFixture(t)
-		l := f.open()
-		defer func() { l.Close() }()
-		type req struct {
-			s      *story
-			intent *store.Submission
-			n      int
-		}
-		reqs := []*req{}
-		count := int64(0)
-		var lastHead string
-		rt.Repeat(map[string]func(*rapid.T){
-			"append": func(rt *rapid.T) {
-				if len(reqs) == 0 || rapid.Bool().Draw(rt, "new") {
-					reqs = append(reqs, &req{s: f.story(fmt.Sprint("req_", len(reqs)), rapid.Bool().Draw(rt, "keyed"))})
-				}
-				r := rapid.SampledFrom(reqs).Draw(rt, "request")
-				var group []*store.Submission
-				for range rapid.IntRange(1, 3).Draw(rt, "entries") {
-					switch rapid.IntRange(0, 6).Draw(rt, "kind") {
-					case 0:
-						group = append(group, r.s.requested())
-					case 1:
-						r.n = rapid.IntRange(1, 3).Draw(rt, "attempt")
-						r.intent = r.s.issuing(r.n)
-						group = append(group, r.intent)
-					case 2, 3, 4:
-						if r.intent == nil {
-							r.intent = r.s.issuing(1)
+	onBoth(t, func(t *testing.T, on engineName) {
+		rapid.Check(t, func(rt *rapid.T) {
+			f := newFixtureOn(t, on)
+			l := f.open()
+			defer func() { l.Close() }()
+			type req struct {
+				s      *story
+				intent *store.Submission
+				n      int
+			}
+			reqs := []*req{}
+			count := int64(0)
+			var lastHead string
+			rt.Repeat(map[string]func(*rapid.T){
+				"append": func(rt *rapid.T) {
+					if len(reqs) == 0 || rapid.Bool().Draw(rt, "new") {
+						reqs = append(reqs, &req{s: f.story(fmt.Sprint("req_", len(reqs)), rapid.Bool().Draw(rt, "keyed"))})
+					}
+					r := rapid.SampledFrom(reqs).Draw(rt, "request")
+					var group []*store.Submission
+					for range rapid.IntRange(1, 3).Draw(rt, "entries") {
+						switch rapid.IntRange(0, 6).Draw(rt, "kind") {
+						case 0:
+							group = append(group, r.s.requested())
+						case 1:
+							r.n = rapid.IntRange(1, 3).Draw(rt, "attempt")
+							r.intent = r.s.issuing(r.n)
+							group = append(group, r.intent)
+						case 2, 3, 4:
+							if r.intent == nil {
+								r.intent = r.s.issuing(1)
+							}
+							n := max(r.n, 1)
+							group = append(group, rapid.SampledFrom([]*store.Submission{r.s.issued(r.intent, n), r.s.closed(store.CredentialRevoked, r.intent, n), r.s.closed(store.CredentialAbandoned, r.intent, n)}).Draw(rt, "outcome"))
+						default:
+							group = append(group, used("r"))
 						}
-						n := max(r.n, 1)
-						group = append(group, rapid.SampledFrom([]*store.Submission{r.s.issued(r.intent, n), r.s.closed(store.CredentialRevoked, r.intent, n), r.s.closed(store.CredentialAbandoned, r.intent, n)}).Draw(rt, "outcome"))
-					default:
-						group = append(group, used("r"))
 					}
-				}
-				a, err := l.Append(t.Context(), Author{Name: rapid.SampledFrom([]string{"a", "b"}).Draw(rt, "writer")}, wire(t, group...))
-				if err != nil {
-					if _, ok := store.IsOrder(err); !ok {
-						rt.Fatal(err)
-					}
-					if l.Size() != count {
-						rt.Fatal("a refused append left something")
-					}
-					return
-				}
-				for i, p := range a.Entries {
-					if p.Index != count {
-						rt.Fatalf("index %d, want %d", p.Index, count)
-					}
-					count++
-					if _, err := f.verify.Check(a.Receipt(i)); err != nil {
-						rt.Fatal(err)
-					}
-				}
-				if lastHead != "" {
-					was, _ := f.verify.Checkpoint(lastHead)
-					is, _ := f.verify.Checkpoint(a.Checkpoint)
-					p, err := l.Consistency(t.Context(), was.N, is.N)
+					a, err := l.Append(t.Context(), Author{Name: rapid.SampledFrom([]string{"a", "b"}).Draw(rt, "writer")}, wire(t, group...))
 					if err != nil {
+						if _, ok := store.IsOrder(err); !ok {
+							rt.Fatal(err)
+						}
+						if l.Size() != count {
+							rt.Fatal("a refused append left something")
+						}
+						return
+					}
+					for i, p := range a.Entries {
+						if p.Index != count {
+							rt.Fatalf("index %d, want %d", p.Index, count)
+						}
+						count++
+						if _, err := f.verify.Check(a.Receipt(i)); err != nil {
+							rt.Fatal(err)
+						}
+					}
+					if lastHead != "" {
+						was, _ := f.verify.Checkpoint(lastHead)
+						is, _ := f.verify.Checkpoint(a.Checkpoint)
+						p, err := l.Consistency(t.Context(), was.N, is.N)
+						if err != nil {
+							rt.Fatal(err)
+						}
+						if err := tlog.CheckTree(p, is.N, is.Hash, was.N, was.Hash); err != nil {
+							rt.Fatal(err)
+						}
+					}
+					lastHead = a.Checkpoint
+				},
+				"wait": func(rt *rapid.T) {
+					f.advance(time.Duration(rapid.Int64Range(-1e9, 200e9).Draw(rt, "time")))
+				},
+				"restart": func(rt *rapid.T) {
+					if err := l.Close(); err != nil {
 						rt.Fatal(err)
 					}
-					if err := tlog.CheckTree(p, is.N, is.Hash, was.N, was.Hash); err != nil {
-						rt.Fatal(err)
+					l = f.open()
+				},
+				"": func(rt *rapid.T) {
+					if l.Size() != count {
+						rt.Fatalf("size %d, want %d", l.Size(), count)
 					}
-				}
-				lastHead = a.Checkpoint
-			},
-			"wait": func(rt *rapid.T) {
-				f.advance(time.Duration(rapid.Int64Range(-1e9, 200e9).Draw(rt, "time")))
-			},
-			"restart": func(rt *rapid.T) {
-				if err := l.Close(); err != nil {
-					rt.Fatal(err)
-				}
-				l = f.open()
-			},
-			"": func(rt *rapid.T) {
-				if l.Size() != count {
-					rt.Fatalf("size %d, want %d", l.Size(), count)
-				}
-			},
+				},
+			})
+			if err := l.recheck(t.Context()); err != nil {
+				rt.Fatal(err)
+			}
 		})
-		if err := l.recheck(t.Context()); err != nil {
-			rt.Fatal(err)
-		}
 	})
 }
 

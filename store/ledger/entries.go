@@ -10,6 +10,7 @@ import (
 	"strings"
 
 	"github.com/countersign-dev/countersign/store"
+	"go.uber.org/zap"
 	"golang.org/x/mod/sumdb/tlog"
 )
 
@@ -79,9 +80,9 @@ func (l *Ledger) Export(ctx context.Context, from, to int64) iter.Seq2[Stored, e
 
 // entries reads [from, to) in chunks, with the stored nodes on demand.
 func entries(ctx context.Context, q querier, from, to int64, nodes bool) iter.Seq2[Stored, error] {
-	query := "SELECT idx, body, NULL FROM entries WHERE idx >= ? AND idx < ? ORDER BY idx"
+	query := "SELECT idx, body, NULL FROM entries WHERE idx >= $1 AND idx < $2 ORDER BY idx"
 	if nodes {
-		query = "SELECT e.idx, e.body, h.nodes FROM entries e LEFT JOIN hashes h ON h.idx = e.idx WHERE e.idx >= ? AND e.idx < ? ORDER BY e.idx"
+		query = "SELECT e.idx, e.body, h.nodes FROM entries e LEFT JOIN hashes h ON h.idx = e.idx WHERE e.idx >= $1 AND e.idx < $2 ORDER BY e.idx"
 	}
 	return func(yield func(Stored, error) bool) {
 		next := from
@@ -121,11 +122,38 @@ var errStop = errors.New("stop")
 
 // Reader reads a ledger's database without a key and without believing any of
 // it: what offline verification starts from.
-type Reader struct{ db *sql.DB }
+type Reader struct {
+	db *sql.DB
+	e  engine
+}
 
-// ReadOnly opens the database file at path, also one that a recorder has open
-// or that was copied without its -wal file.
-func ReadOnly(path string) (*Reader, error) {
+// ReadOnly opens the ledger's database for reading: a PostgreSQL connection
+// string, as IsPostgres knows one, or the path of a database file. A recorder
+// may have it open; a file may be a copy without its -wal file.
+func ReadOnly(from string) (*Reader, error) {
+	if !IsPostgres(from) {
+		return readDatabase(from)
+	}
+	p, err := newPostgres(from, zap.NewNop())
+	if err != nil {
+		return nil, err
+	}
+	db := p.openReader(2)
+	if err := db.Ping(); err != nil {
+		db.Close()
+		return nil, p.class(err)
+	}
+	return &Reader{db, p}, nil
+}
+
+// IsPostgres reports whether a ledger named s lies in PostgreSQL: s is a
+// postgres:// or postgresql:// URL.
+func IsPostgres(s string) bool {
+	return strings.HasPrefix(s, "postgres://") || strings.HasPrefix(s, "postgresql://")
+}
+
+func readDatabase(path string) (*Reader, error) {
+	e := &sqliteDB{}
 	if _, err := os.Stat(path); err != nil {
 		return nil, err
 	}
@@ -145,9 +173,9 @@ func ReadOnly(path string) (*Reader, error) {
 	}
 	if err != nil {
 		db.Close()
-		return nil, wrapCorrupt(fmt.Errorf("opening %s: %w", path, err))
+		return nil, e.class(fmt.Errorf("opening %s: %w", path, err))
 	}
-	return &Reader{db}, nil
+	return &Reader{db, e}, nil
 }
 
 // Close closes the database.
@@ -156,7 +184,7 @@ func (r *Reader) Close() error { return r.db.Close() }
 // Size is one more than the highest index of an entry.
 func (r *Reader) Size(ctx context.Context) (n int64, err error) {
 	err = r.db.QueryRowContext(ctx, "SELECT coalesce(max(idx) + 1, 0) FROM entries").Scan(&n)
-	return n, wrapCorrupt(err)
+	return n, r.e.class(err)
 }
 
 // Entries iterates over [from, to) in order, with the stored hashes. It stops at
@@ -164,7 +192,7 @@ func (r *Reader) Size(ctx context.Context) (n int64, err error) {
 func (r *Reader) Entries(ctx context.Context, from, to int64) iter.Seq2[Stored, error] {
 	return func(yield func(Stored, error) bool) {
 		for s, err := range entries(ctx, r.db, from, to, true) {
-			if !yield(s, wrapCorrupt(err)) {
+			if !yield(s, r.e.class(err)) {
 				return
 			}
 		}
@@ -173,12 +201,8 @@ func (r *Reader) Entries(ctx context.Context, from, to int64) iter.Seq2[Stored, 
 
 // ReadHashes implements tlog.HashReader over the stored hashes.
 func (r *Reader) ReadHashes(indexes []int64) ([]tlog.Hash, error) {
-	ns := make([]node, len(indexes))
-	for i, x := range indexes {
-		ns[i].level, ns[i].n = tlog.SplitStoredHashIndex(x)
-	}
-	hs, err := readNodes(context.Background(), r.db, ns)
-	return hs, wrapCorrupt(err)
+	hs, err := readHashes(context.Background(), r.e, r.db, indexes)
+	return hs, r.e.class(err)
 }
 
 // Checkpoints iterates over the stored signed checkpoints by tree size.
@@ -205,7 +229,7 @@ func (r *Reader) Checkpoint(ctx context.Context) (string, error) {
 	if errors.Is(err, sql.ErrNoRows) {
 		return "", nil
 	}
-	return n, wrapCorrupt(err)
+	return n, r.e.class(err)
 }
 
 // concerning is the list of types that writers may follow, for SQL.

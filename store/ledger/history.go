@@ -181,15 +181,16 @@ const selective = 2_000
 // order of idx; each other filter is a seek in its own index by (value, idx), so
 // that no body is read, and no JSON parsed, for an entry that does not match.
 // SQLite's planner has no statistics to choose by, since they would have to be
-// kept up to date: counting up to a bound is cheaper.
+// kept up to date, and PostgreSQL's know nothing of [from, to): counting up to a
+// bound is cheaper.
 func (l *Ledger) plan(ctx context.Context, fs []filter, from, to int64, order string, limit int) (string, []any, error) {
 	if len(fs) == 0 {
-		return "SELECT idx, body FROM (SELECT idx, body FROM entries WHERE idx >= ? AND idx < ? ORDER BY idx" + order + " LIMIT ?) ORDER BY idx", []any{from, to, limit}, nil
+		return "SELECT idx, body FROM (SELECT idx, body FROM entries WHERE idx >= $1 AND idx < $2 ORDER BY idx" + order + " LIMIT $3) m ORDER BY idx", []any{from, to, limit}, nil
 	}
 	best, least := 0, int64(selective)
 	for i := 0; i < len(fs) && len(fs) > 1; i++ {
 		var n int64
-		q := fmt.Sprintf("SELECT count(*) FROM (SELECT 1 FROM entries INDEXED BY entries_%s WHERE %[1]s = ? AND idx >= ? AND idx < ? LIMIT ?)", fs[i].column)
+		q := "SELECT count(*) FROM (SELECT a.idx " + l.e.walk(fs[i].column, "", "") + " LIMIT $4) m"
 		if err := l.r.QueryRowContext(ctx, q, fs[i].value, from, to, selective).Scan(&n); err != nil {
 			return "", nil, err
 		}
@@ -197,17 +198,16 @@ func (l *Ledger) plan(ctx context.Context, fs []filter, from, to int64, order st
 			best, least = i, n
 		}
 	}
-	var b strings.Builder
-	fmt.Fprintf(&b, "SELECT e.idx, e.body FROM (SELECT a.idx FROM entries a INDEXED BY entries_%s WHERE a.%[1]s = ? AND a.idx >= ? AND a.idx < ?", fs[best].column)
-	args := []any{fs[best].value, from, to}
+	var also strings.Builder
+	args := []any{fs[best].value, from, to, limit}
 	for i, f := range fs {
 		if i != best {
-			fmt.Fprintf(&b, " AND EXISTS (SELECT 1 FROM entries b INDEXED BY entries_%s WHERE b.%[1]s = ? AND b.idx = a.idx)", f.column)
 			args = append(args, f.value)
+			// LIMIT keeps PostgreSQL from making a join of it, in an order of its own.
+			fmt.Fprintf(&also, " AND EXISTS (SELECT 1 FROM entries b%s WHERE b.%s = $%d AND b.idx = a.idx LIMIT 1)", l.e.by("entries_"+f.column), f.column, len(args))
 		}
 	}
-	b.WriteString(" ORDER BY a.idx" + order + " LIMIT ?) m CROSS JOIN entries e ON e.idx = m.idx ORDER BY e.idx")
-	return b.String(), append(args, limit), nil
+	return "SELECT e.idx, e.body FROM (SELECT a.idx " + l.e.walk(fs[best].column, also.String(), order) + " LIMIT $4) m CROSS JOIN entries e WHERE e.idx = m.idx ORDER BY e.idx", args, nil
 }
 
 // firstAt is the index of the first entry of [0, size) at or after t, by
@@ -221,7 +221,7 @@ func (l *Ledger) firstAt(ctx context.Context, t time.Time, size int64) (int64, e
 	for lo < hi {
 		mid := lo + (hi-lo)/2
 		var s sql.NullString
-		if err := l.r.QueryRowContext(ctx, "SELECT time FROM entries WHERE idx = ?", mid).Scan(&s); err != nil {
+		if err := l.r.QueryRowContext(ctx, "SELECT time FROM entries WHERE idx = $1", mid).Scan(&s); err != nil {
 			return 0, fmt.Errorf("reading the time of entry %d: %w", mid, err)
 		}
 		if s.String < at.String() {
@@ -233,7 +233,7 @@ func (l *Ledger) firstAt(ctx context.Context, t time.Time, size int64) (int64, e
 	return lo, nil
 }
 
-// jsonList is a list for SQLite's json_each.
+// jsonList is a list for engine.list.
 func jsonList[T any](s []T) string {
 	b, err := json.Marshal(s)
 	if err != nil {

@@ -1,4 +1,5 @@
-// Package ledger keeps the record: an append-only Merkle log over SQLite.
+// Package ledger keeps the record: an append-only Merkle log over SQLite or
+// PostgreSQL.
 //
 // Tables entries, hashes and checkpoints are the log. One transaction holds a
 // batch's entries, the tree nodes they complete, the checkpoint that signs the
@@ -23,8 +24,6 @@ import (
 	"github.com/countersign-dev/countersign/store"
 	"go.uber.org/zap"
 	"golang.org/x/mod/sumdb/note"
-	"modernc.org/sqlite"
-	sqlite3 "modernc.org/sqlite/lib"
 )
 
 var (
@@ -37,12 +36,31 @@ var (
 	ErrQuery = errors.New("malformed query")
 	// ErrLocked refuses a ledger that another process has open.
 	ErrLocked = errors.New("another recorder has this ledger open")
+	// ErrLost is wrapped where the database server cannot be reached, or the
+	// connection that writes was lost and with it the claim on the ledger. Nothing
+	// is wrong with the log: open it again.
+	ErrLost = errors.New("the connection to the ledger's database is lost")
+	// errRefused is wrapped where the database does not take the content of an
+	// entry that is otherwise in order.
+	errRefused = errors.New("the ledger's database does not take it")
 )
 
 // Options say where a ledger lies and how it runs. Dir, Signer, Verifier and
 // PrivacyKey must be set.
 type Options struct {
-	Dir        string           // holds ledger.db, lock, and what is not named below; made where it is missing
+	Dir string // holds ledger.db, lock, and what is not named below; made where it is missing
+	// Postgres is where the database lies instead of Dir: a connection string of
+	// PostgreSQL. Its user should be one whom InitPostgres made way for; one that
+	// may make the schema does so where it is missing. search_path in it names the
+	// schema, "countersign" by default. Each recorder has a Dir of its own, with a
+	// head file of its own; KeysFile lies on storage that all of them mount, and
+	// the active one alone has it open.
+	Postgres string
+	// Standby has Open wait, for as long as its context allows, while another
+	// recorder has the PostgreSQL ledger open, or the server cannot be reached.
+	// Waiting, it brings its head file up to date with each checkpoint that is
+	// consistent with the one it holds; one that is not is ErrMismatch.
+	Standby    bool
 	HeadFile   string           // last signed checkpoint; Dir/head by default, better on another disk
 	KeysFile   string           // keys of the sealed texts; Dir/details-keys.db by default, better outside the ledger's backups
 	Signer     note.Signer      // Ed25519; its name is the log's origin
@@ -67,6 +85,9 @@ type Options struct {
 func (o *Options) defaults() error {
 	if o.Dir == "" || o.Signer == nil || len(o.PrivacyKey) < 32 {
 		return errors.New("a ledger needs a directory, a signer and a privacy key of at least 32 bytes")
+	}
+	if o.Standby && o.Postgres == "" {
+		return errors.New("a recorder stands by where the ledger lies in PostgreSQL alone")
 	}
 	if o.HeadFile == "" {
 		o.HeadFile = filepath.Join(o.Dir, "head")
@@ -107,6 +128,7 @@ type Ledger struct {
 	o        Options
 	verifier *store.LogVerifier
 	lock     *os.File
+	e        engine
 	w, r     *sql.DB // one connection that writes; several that read
 	keys     *sql.DB // the keys file
 	queue    chan *group
@@ -171,17 +193,16 @@ func Open(ctx context.Context, o Options) (_ *Ledger, err error) {
 	if l.lock, err = lockDir(filepath.Join(o.Dir, "lock")); err != nil {
 		return nil, err
 	}
-	path := filepath.Join(o.Dir, "ledger.db")
-	if err := touch(path); err != nil {
+	if l.e, err = newEngine(&o); err != nil {
 		return nil, err
+	}
+	if l.w, l.r, err = l.e.open(); err != nil {
+		return nil, err
+	}
+	if err := l.claim(ctx); err != nil {
+		return nil, l.e.class(err)
 	}
 	if err := touch(o.KeysFile); err != nil {
-		return nil, err
-	}
-	if l.w, err = openDB(path, 1, "_journal_mode=WAL", "_synchronous=FULL", "_pragma=cache_size(-65536)", "_pragma=page_size(4096)", "_pragma=wal_autocheckpoint(8000)"); err != nil {
-		return nil, err
-	}
-	if l.r, err = openDB(path, 8, "_query_only=1", "_pragma=cache_size(-8192)"); err != nil {
 		return nil, err
 	}
 	// secure_delete overwrites what is deleted with zeros, so that an erased key
@@ -190,7 +211,7 @@ func Open(ctx context.Context, o Options) (_ *Ledger, err error) {
 		return nil, err
 	}
 	if err := l.start(ctx); err != nil {
-		return nil, wrapCorrupt(err)
+		return nil, l.e.class(err)
 	}
 	if o.Publish != nil {
 		l.published.Store(&head{}) // nothing yet
@@ -236,22 +257,10 @@ func lockDir(path string) (*os.File, error) {
 	return f, nil
 }
 
-// wrapCorrupt makes a mismatch of what SQLite itself calls corrupt.
-func wrapCorrupt(err error) error {
-	var se *sqlite.Error
-	if errors.As(err, &se) && !errors.Is(err, ErrMismatch) {
-		switch se.Code() & 0xff {
-		case sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB:
-			return fmt.Errorf("%w: the database file is damaged: %w", ErrMismatch, err)
-		}
-	}
-	return err
-}
-
 // readErr is what a reader is told of err: a mismatch stops the ledger, all
 // else but the caller's own context is ErrUnavailable.
 func (l *Ledger) readErr(err error) error {
-	err = wrapCorrupt(err)
+	err = l.e.class(err)
 	switch {
 	case err == nil, errors.Is(err, store.ErrUnavailable), errors.Is(err, ErrNotFound), errors.Is(err, ErrQuery):
 		return err
@@ -279,8 +288,8 @@ func (l *Ledger) stop(err error) {
 // Done is closed when the ledger stopped, by Close or by itself.
 func (l *Ledger) Done() <-chan struct{} { return l.done }
 
-// Err is why the ledger stopped itself: it wraps ErrMismatch. It is nil while
-// the ledger runs and after Close.
+// Err is why the ledger stopped itself: it wraps ErrMismatch, or ErrLost where
+// it can be opened again. It is nil while the ledger runs and after Close.
 func (l *Ledger) Err() error {
 	if p := l.err.Load(); p != nil {
 		return *p
@@ -309,6 +318,11 @@ func (l *Ledger) release() error {
 	if l.wr.conn != nil { // a database closes only the connections that were given back
 		for _, s := range l.wr.stmts {
 			errs = append(errs, s.Close())
+		}
+		if !errors.Is(l.Err(), ErrLost) {
+			ctx, cancel := l.e.patience(context.Background())
+			defer cancel()
+			errs = append(errs, l.e.release(ctx, l.wr.conn))
 		}
 		errs = append(errs, l.wr.conn.Close())
 	}

@@ -58,7 +58,7 @@ func (l *Ledger) OpenSet(ctx context.Context, request string) (*store.Appended, 
 				err := rows.Scan(&i)
 				idx = append(idx, i)
 				return err
-			}, "SELECT idx FROM entries INDEXED BY entries_request WHERE request = ? AND idx >= ? AND idx < ? AND type IN "+concerning, r.ID, r.Requested, h.size); err != nil {
+			}, "SELECT idx FROM entries"+l.e.by("entries_request")+" WHERE request = $1 AND idx >= $2 AND idx < $3 AND type IN "+concerning, r.ID, r.Requested, h.size); err != nil {
 				return nil, l.readErr(err)
 			}
 		}
@@ -70,7 +70,7 @@ func (l *Ledger) OpenSet(ctx context.Context, request string) (*store.Appended, 
 			err := rows.Scan(&i)
 			idx = append(idx, i)
 			return err
-		}, "SELECT idx FROM entries INDEXED BY entries_person WHERE person = ? AND idx < ? AND type IN ('passkey.enrolled', 'passkey.activated', 'passkey.revoked')", p, h.size); err != nil {
+		}, "SELECT idx FROM entries"+l.e.by("entries_person")+" WHERE person = $1 AND idx < $2 AND type IN ('passkey.enrolled', 'passkey.activated', 'passkey.revoked')", p, h.size); err != nil {
 			return nil, l.readErr(err)
 		}
 	}
@@ -99,7 +99,7 @@ func (l *Ledger) leaves(ctx context.Context, idx []int64) ([]store.Proven, error
 		err := rows.Scan(&p.Index, &p.Leaf)
 		ps = append(ps, p)
 		return err
-	}, "SELECT e.idx, e.body FROM json_each(?) j CROSS JOIN entries e ON e.idx = j.value ORDER BY j.key", jsonList(idx))
+	}, "SELECT e.idx, e.body FROM "+l.e.list("bigint")+" CROSS JOIN entries e WHERE e.idx = j.value ORDER BY j.key", jsonList(idx))
 	if err == nil && len(ps) != len(idx) {
 		err = fmt.Errorf("%w: %d of %d open entries are missing", ErrMismatch, len(idx)-len(ps), len(idx))
 	}
@@ -150,7 +150,7 @@ func (l *Ledger) follow(ctx context.Context, after int64, fn func([]store.Proven
 				err := rows.Scan(&p.Index, &p.Leaf)
 				ps = append(ps, p)
 				return err
-			}, "SELECT idx, body FROM entries NOT INDEXED WHERE idx >= ? AND idx < ? AND type IN "+concerning+" ORDER BY idx LIMIT ?", next, end, followAtMost)
+			}, "SELECT idx, body FROM entries WHERE idx >= $1 AND idx < $2 AND coalesce(type, '') IN "+concerning+" ORDER BY idx LIMIT $3", next, end, followAtMost)
 			if err != nil {
 				return l.readErr(err)
 			}

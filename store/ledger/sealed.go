@@ -87,7 +87,7 @@ func (l *Ledger) putKeys(ctx context.Context, keys []any) error {
 	defer tx.Rollback()
 	for i := 0; i < len(keys); i += 2 {
 		// Replaced: the key that a crash before the ledger's own commit left.
-		if _, err := tx.ExecContext(ctx, "INSERT INTO keys VALUES (?, ?) ON CONFLICT (entry) DO UPDATE SET key = excluded.key", keys[i], keys[i+1]); err != nil {
+		if _, err := tx.ExecContext(ctx, "INSERT INTO keys VALUES ($1, $2) ON CONFLICT (entry) DO UPDATE SET key = excluded.key", keys[i], keys[i+1]); err != nil {
 			return err
 		}
 	}
@@ -115,7 +115,7 @@ func (l *Ledger) openings(ctx context.Context, q querier, entries map[int64]*sto
 		err := rows.Scan(&id, &key)
 		keys[id] = key
 		return err
-	}, "SELECT k.entry, k.key FROM json_each(?) j CROSS JOIN keys k ON k.entry = j.value", string(arg)); err != nil {
+	}, "SELECT k.entry, k.key FROM json_each($1) j CROSS JOIN keys k ON k.entry = j.value", string(arg)); err != nil {
 		return nil, fmt.Errorf("reading the keys of sealed texts: %w", err)
 	}
 	out := map[int64]map[string]store.Opening{}
@@ -141,7 +141,7 @@ func (l *Ledger) openings(ctx context.Context, q querier, entries map[int64]*sto
 		}
 		out[i][field] = o
 		return nil
-	}, "SELECT s.idx, s.field, s.box FROM json_each(?) j CROSS JOIN sealed s ON s.idx = j.value", string(arg))
+	}, "SELECT s.idx, s.field, s.box FROM "+l.e.list("bigint")+" CROSS JOIN sealed s WHERE s.idx = j.value", string(arg))
 	return out, err
 }
 

@@ -20,36 +20,77 @@ import (
 // They drop the triggers first, and put them back when done.
 func (f *fixture) tamper(fn func(exec func(q string, args ...any))) {
 	f.t.Helper()
-	db, err := openDB(f.path(), 1)
-	if err != nil {
-		f.t.Fatal(err)
-	}
+	db, make := f.raw(), sqliteSchema()
 	defer db.Close()
+	if f.on == onPostgres {
+		make = f.postgres().statements()
+	}
 	exec := func(q string, args ...any) {
 		f.t.Helper()
-		r, err := db.Exec(q, args...)
+		r, err := db.Exec(f.dialect(q), args...)
 		if err != nil {
 			f.t.Fatalf("%s: %v", q, err)
 		}
-		if n, _ := r.RowsAffected(); n == 0 && !strings.HasPrefix(q, "DROP") && !strings.HasPrefix(q, "CREATE") && !strings.HasPrefix(q, "PRAGMA") {
+		if n, _ := r.RowsAffected(); n == 0 && !strings.HasPrefix(q, "DROP") && !strings.HasPrefix(q, "CREATE") && !strings.HasPrefix(q, "ALTER") {
 			f.t.Fatalf("%s: changed nothing", q)
 		}
 	}
-	for _, s := range schema() {
+	for _, s := range make {
 		if strings.HasPrefix(s, "CREATE TRIGGER") {
-			exec("DROP TRIGGER " + strings.Fields(s)[2])
+			exec(f.dropTrigger(s))
 		}
 	}
 	fn(exec)
-	for _, s := range schema() {
-		if strings.HasPrefix(s, "CREATE TRIGGER") {
+	for _, s := range make {
+		if strings.HasPrefix(s, "CREATE TRIGGER") || strings.HasPrefix(s, "ALTER") {
 			exec(s)
 		}
 	}
 }
 
+// raw is the database without the ledger before it.
+func (f *fixture) raw() *sql.DB {
+	f.t.Helper()
+	db, err := openDB(f.path(), 1)
+	if f.on == onPostgres {
+		db, err = sql.Open("pgx", f.superuser())
+	}
+	if err != nil {
+		f.t.Fatal(err)
+	}
+	return db
+}
+
+// dropTrigger undoes the statement that made a trigger.
+func (f *fixture) dropTrigger(made string) string {
+	drop := "DROP TRIGGER " + strings.Fields(made)[2]
+	if f.on == onPostgres {
+		_, on, _ := strings.Cut(made, " ON ")
+		drop += " ON " + strings.Fields(on)[0]
+	}
+	return drop
+}
+
+// dialect has a statement written for SQLite understood.
+func (f *fixture) dialect(q string) string {
+	if f.on != onPostgres {
+		return q
+	}
+	for n := 1; strings.Contains(q, "?"); n++ {
+		q = strings.Replace(q, "?", fmt.Sprintf("$%d", n), 1)
+	}
+	return strings.NewReplacer("zeroblob(60)", "decode(repeat('00', 60), 'hex')", "substr(note, -4)", "right(note, 4)").Replace(q)
+}
+
 // flip changes one byte of column of the row with key.
-func flip(table, key, column string, row, at int) (string, []any) {
+func (f *fixture) flip(table, key, column string, row, at int) (string, []any) {
+	if f.on == onPostgres {
+		to := fmt.Sprintf("overlay(%s placing CASE WHEN substr(%[1]s, %d, 1) = 'A' THEN 'B' ELSE 'A' END from %[2]d for 1)", column, at+1)
+		if column == "nodes" {
+			to = fmt.Sprintf("set_byte(nodes, %d, get_byte(nodes, %[1]d) # 1)", at)
+		}
+		return fmt.Sprintf("UPDATE %s SET %s = %s WHERE %s = ?", table, column, to, key), []any{row}
+	}
 	return fmt.Sprintf(`UPDATE %s SET %s = CAST(substr(CAST(%[2]s AS BLOB), 1, ?1) || CASE WHEN substr(CAST(%[2]s AS BLOB), ?1 + 1, 1) = x'41' THEN x'42' ELSE x'41' END || substr(CAST(%[2]s AS BLOB), ?1 + 2) AS %[4]s) WHERE %[3]s = ?2`,
 		table, column, key, map[string]string{"body": "TEXT", "note": "TEXT", "nodes": "BLOB"}[column]), []any{at, row}
 }
@@ -61,8 +102,14 @@ const (
 
 // filled makes a ledger of tamperEntries in which requests are open, and closes
 // it.
-func filled(t *testing.T) *fixture {
-	f := newFixture(t)
+func filled(t *testing.T, on engineName) *fixture {
+	if on == onPostgres {
+		return cloneFilled(t)
+	}
+	return fill(t, newFixtureOn(t, on))
+}
+
+func fill(t testing.TB, f *fixture) *fixture {
 	f.o.CheckNewest = tamperNewest
 	l := f.open()
 	for i := 0; i < tamperEntries; i += 4 {
@@ -125,149 +172,161 @@ func (f *fixture) stops() {
 }
 
 func TestAnUntouchedLedgerStartsAndPassesTheBackgroundCheck(t *testing.T) {
-	f := filled(t)
-	f.tamper(func(func(string, ...any)) {}) // triggers dropped and put back: nothing altered
-	l := f.open()
-	if err := l.recheck(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	f.append(l, used("after"))
+	onBoth(t, func(t *testing.T, on engineName) {
+		f := filled(t, on)
+		f.tamper(func(func(string, ...any)) {}) // triggers dropped and put back: nothing altered
+		l := f.open()
+		if err := l.recheck(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		f.append(l, used("after"))
+	})
 }
 
 func TestTamperingIsFound(t *testing.T) {
-	type exec = func(q string, args ...any)
-	renumber := func(e exec, from int) { // move everything from on down by one
-		e("UPDATE entries SET idx = -idx - 1 WHERE idx > ?", from)
-		e("UPDATE entries SET idx = -idx - 2 WHERE idx < 0")
-	}
-	newest, older := tamperEntries-7, 9 // row numbers; 9 also lies on the path of no edge node's row
-	both := map[string]func(e exec, row int){
-		"a byte of a body": func(e exec, row int) {
-			q, a := flip("entries", "idx", "body", row, 200)
-			e(q, a...)
-		},
-		"a value in a body": func(e exec, row int) {
-			e("UPDATE entries SET body = replace(body, '\"demo\"', '\"dema\"') WHERE idx = ?", row)
-		},
-		"a byte of a leaf hash": func(e exec, row int) {
-			q, a := flip("hashes", "idx", "nodes", row, 3)
-			e(q, a...)
-		},
-		"a byte of an interior hash": func(e exec, row int) {
-			q, a := flip("hashes", "idx", "nodes", row|1, 40)
-			e(q, a...)
-		},
-		"a hash row removed": func(e exec, row int) { e("DELETE FROM hashes WHERE idx = ?", row) },
-		"an entry removed":   func(e exec, row int) { e("DELETE FROM entries WHERE idx = ?", row) },
-		"an entry and its hash gone": func(e exec, row int) {
-			e("DELETE FROM entries WHERE idx = ?", row)
-			e("DELETE FROM hashes WHERE idx = ?", row)
-		},
-		"two rows swapped": func(e exec, row int) {
-			e("UPDATE entries SET idx = -1 WHERE idx = ?", row)
-			e("UPDATE entries SET idx = ? WHERE idx = ?", row, row+1)
-			e("UPDATE entries SET idx = ? WHERE idx = -1", row+1)
-		},
-		"two rows swapped with their leaf hashes": func(e exec, row int) {
-			row &^= 1
-			e("UPDATE entries SET idx = -1 WHERE idx = ?", row)
-			e("UPDATE entries SET idx = ? WHERE idx = ?", row, row+1)
-			e("UPDATE entries SET idx = ? WHERE idx = -1", row+1)
-			e("UPDATE hashes SET nodes = (SELECT substr(nodes, 1, 32) FROM hashes WHERE idx = ?) WHERE idx = ?", row+1, row)
-		},
-	}
-	for name, alter := range both {
-		t.Run(name+" among the newest stops the start", func(t *testing.T) {
-			f := filled(t)
-			f.tamper(func(e exec) { alter(e, newest) })
-			f.refuses()
-		})
-		t.Run(name+" further back stops the running ledger", func(t *testing.T) {
-			f := filled(t)
-			f.tamper(func(e exec) { alter(e, older) })
-			f.stops()
-		})
-	}
-	for name, alter := range map[string]func(e exec){
-		"the tail cut off, checkpoints too": func(e exec) {
-			for _, q := range []string{"DELETE FROM entries WHERE idx >= 100", "DELETE FROM hashes WHERE idx >= 100", "DELETE FROM checkpoints WHERE size > 100"} {
-				e(q)
-			}
-		},
-		"the last entry cut off": func(e exec) {
-			e("DELETE FROM entries WHERE idx = 119")
-			e("DELETE FROM hashes WHERE idx = 119")
-			e("DELETE FROM checkpoints WHERE size = 120")
-		},
-		"the last entry cut off, its checkpoint kept": func(e exec) {
-			e("DELETE FROM entries WHERE idx = 119")
-			e("DELETE FROM hashes WHERE idx = 119")
-		},
-		"everything removed": func(e exec) {
-			for _, table := range []string{"entries", "hashes", "checkpoints", "open_requests", "sealed"} {
-				e("DELETE FROM " + table)
-			}
-		},
-		"all entries removed": func(e exec) { e("DELETE FROM entries") },
-		"the newest checkpoint altered": func(e exec) {
-			q, a := flip("checkpoints", "size", "note", tamperEntries, 30)
-			e(q, a...)
-		},
-		"the newest checkpoint's signature altered": func(e exec) {
-			e("UPDATE checkpoints SET note = substr(note, 1, length(note) - 8) || 'AAAA' || substr(note, -4) WHERE size = ?", tamperEntries)
-		},
-		"the newest checkpoint removed": func(e exec) { e("DELETE FROM checkpoints WHERE size = ?", tamperEntries) },
-		"all checkpoints removed":       func(e exec) { e("DELETE FROM checkpoints") },
-		"an entry added": func(e exec) {
-			e("INSERT INTO entries (idx, body) SELECT 120, body FROM entries WHERE idx = 119")
-			e("INSERT INTO hashes (idx, nodes) SELECT 120, substr(nodes, 1, 32) FROM hashes WHERE idx = 119")
-		},
-		"an entry removed, the rest moved up": func(e exec) {
-			e("DELETE FROM entries WHERE idx = 9")
-			renumber(e, 9)
-		},
-		"an open request that is no JSON": func(e exec) { e("UPDATE open_requests SET state = '{}' WHERE request = 'req_4'") },
-		"a trigger of somebody's own":     func(e exec) { e("CREATE TRIGGER mine AFTER INSERT ON entries BEGIN SELECT 1; END") },
-		"an index gone":                   func(e exec) { e("DROP INDEX entries_run") },
-	} {
-		t.Run(name+" stops the start", func(t *testing.T) {
-			f := filled(t)
-			f.tamper(alter)
-			f.refuses()
-		})
-	}
-	for name, alter := range map[string]func(e exec){
-		"an open request edited": func(e exec) {
-			e("UPDATE open_requests SET state = replace(state, '\"attempt\":1', '\"attempt\":0') WHERE request = 'req_4'")
-		},
-		"an open request removed": func(e exec) { e("DELETE FROM open_requests WHERE request = 'req_4'") },
-		"an open request made up": func(e exec) {
-			e("INSERT INTO open_requests SELECT 'req_x', replace(state, 'req_4', 'req_x') FROM open_requests WHERE request = 'req_4'")
-		},
-		"an older checkpoint altered": func(e exec) {
-			q, a := flip("checkpoints", "size", "note", 44, 30)
-			e(q, a...)
-		},
-		"the first checkpoint removed": func(e exec) { e("DELETE FROM checkpoints WHERE size = 0") },
-		"a sealed text altered":        func(e exec) { e("UPDATE sealed SET box = zeroblob(60) WHERE idx = 6") },
-	} {
-		t.Run(name+" stops the running ledger", func(t *testing.T) {
-			f := filled(t)
-			f.tamper(alter)
-			f.stops()
-		})
-	}
+	onBoth(t, func(t *testing.T, on engineName) {
+		type exec = func(q string, args ...any)
+		renumber := func(e exec, from int) { // move everything from on down by one
+			e("UPDATE entries SET idx = -idx - 1 WHERE idx > ?", from)
+			e("UPDATE entries SET idx = -idx - 2 WHERE idx < 0")
+		}
+		newest, older := tamperEntries-7, 9 // row numbers; 9 also lies on the path of no edge node's row
+		var f *fixture                      // the one under the subtest's hands
+		both := map[string]func(e exec, row int){
+			"a byte of a body": func(e exec, row int) {
+				q, a := f.flip("entries", "idx", "body", row, 200)
+				e(q, a...)
+			},
+			"a value in a body": func(e exec, row int) {
+				e("UPDATE entries SET body = replace(body, '\"demo\"', '\"dema\"') WHERE idx = ?", row)
+			},
+			"a byte of a leaf hash": func(e exec, row int) {
+				q, a := f.flip("hashes", "idx", "nodes", row, 3)
+				e(q, a...)
+			},
+			"a byte of an interior hash": func(e exec, row int) {
+				q, a := f.flip("hashes", "idx", "nodes", row|1, 40)
+				e(q, a...)
+			},
+			"a hash row removed": func(e exec, row int) { e("DELETE FROM hashes WHERE idx = ?", row) },
+			"an entry removed":   func(e exec, row int) { e("DELETE FROM entries WHERE idx = ?", row) },
+			"an entry and its hash gone": func(e exec, row int) {
+				e("DELETE FROM entries WHERE idx = ?", row)
+				e("DELETE FROM hashes WHERE idx = ?", row)
+			},
+			"two rows swapped": func(e exec, row int) {
+				e("UPDATE entries SET idx = -1 WHERE idx = ?", row)
+				e("UPDATE entries SET idx = ? WHERE idx = ?", row, row+1)
+				e("UPDATE entries SET idx = ? WHERE idx = -1", row+1)
+			},
+			"two rows swapped with their leaf hashes": func(e exec, row int) {
+				row &^= 1
+				e("UPDATE entries SET idx = -1 WHERE idx = ?", row)
+				e("UPDATE entries SET idx = ? WHERE idx = ?", row, row+1)
+				e("UPDATE entries SET idx = ? WHERE idx = -1", row+1)
+				e("UPDATE hashes SET nodes = (SELECT substr(nodes, 1, 32) FROM hashes WHERE idx = ?) WHERE idx = ?", row+1, row)
+			},
+		}
+		for name, alter := range both {
+			t.Run(name+" among the newest stops the start", func(t *testing.T) {
+				f = filled(t, on)
+				f.tamper(func(e exec) { alter(e, newest) })
+				f.refuses()
+			})
+			t.Run(name+" further back stops the running ledger", func(t *testing.T) {
+				f = filled(t, on)
+				f.tamper(func(e exec) { alter(e, older) })
+				f.stops()
+			})
+		}
+		for name, alter := range map[string]func(e exec){
+			"the tail cut off, checkpoints too": func(e exec) {
+				for _, q := range []string{"DELETE FROM entries WHERE idx >= 100", "DELETE FROM hashes WHERE idx >= 100", "DELETE FROM checkpoints WHERE size > 100"} {
+					e(q)
+				}
+			},
+			"the last entry cut off": func(e exec) {
+				e("DELETE FROM entries WHERE idx = 119")
+				e("DELETE FROM hashes WHERE idx = 119")
+				e("DELETE FROM checkpoints WHERE size = 120")
+			},
+			"the last entry cut off, its checkpoint kept": func(e exec) {
+				e("DELETE FROM entries WHERE idx = 119")
+				e("DELETE FROM hashes WHERE idx = 119")
+			},
+			"everything removed": func(e exec) {
+				for _, table := range []string{"entries", "hashes", "checkpoints", "open_requests", "sealed"} {
+					e("DELETE FROM " + table)
+				}
+			},
+			"all entries removed": func(e exec) { e("DELETE FROM entries") },
+			"the newest checkpoint altered": func(e exec) {
+				q, a := f.flip("checkpoints", "size", "note", tamperEntries, 30)
+				e(q, a...)
+			},
+			"the newest checkpoint's signature altered": func(e exec) {
+				e("UPDATE checkpoints SET note = substr(note, 1, length(note) - 8) || 'AAAA' || substr(note, -4) WHERE size = ?", tamperEntries)
+			},
+			"the newest checkpoint removed": func(e exec) { e("DELETE FROM checkpoints WHERE size = ?", tamperEntries) },
+			"all checkpoints removed":       func(e exec) { e("DELETE FROM checkpoints") },
+			"an entry added": func(e exec) {
+				e("INSERT INTO entries (idx, body) SELECT 120, replace(body, '\"id\":\"0', '\"id\":\"1') FROM entries WHERE idx = 119")
+				e("INSERT INTO hashes (idx, nodes) SELECT 120, substr(nodes, 1, 32) FROM hashes WHERE idx = 119")
+			},
+			"an entry removed, the rest moved up": func(e exec) {
+				e("DELETE FROM entries WHERE idx = 9")
+				renumber(e, 9)
+			},
+			"an open request that is no JSON": func(e exec) { e("UPDATE open_requests SET state = '{}' WHERE request = 'req_4'") },
+			"a trigger of somebody's own": func(e exec) {
+				e(map[engineName]string{
+					onSQLite:   "CREATE TRIGGER mine AFTER INSERT ON entries BEGIN SELECT 1; END",
+					onPostgres: "CREATE TRIGGER mine BEFORE UPDATE ON entries FOR EACH ROW EXECUTE FUNCTION suppress_redundant_updates_trigger()",
+				}[on])
+			},
+			"an index gone": func(e exec) { e("DROP INDEX entries_run") },
+		} {
+			t.Run(name+" stops the start", func(t *testing.T) {
+				f = filled(t, on)
+				f.tamper(alter)
+				f.refuses()
+			})
+		}
+		for name, alter := range map[string]func(e exec){
+			"an open request edited": func(e exec) {
+				e("UPDATE open_requests SET state = replace(state, '\"attempt\":1', '\"attempt\":0') WHERE request = 'req_4'")
+			},
+			"an open request removed": func(e exec) { e("DELETE FROM open_requests WHERE request = 'req_4'") },
+			"an open request made up": func(e exec) {
+				e("INSERT INTO open_requests SELECT 'req_x', replace(state, 'req_4', 'req_x') FROM open_requests WHERE request = 'req_4'")
+			},
+			"an older checkpoint altered": func(e exec) {
+				q, a := f.flip("checkpoints", "size", "note", 44, 30)
+				e(q, a...)
+			},
+			"the first checkpoint removed": func(e exec) { e("DELETE FROM checkpoints WHERE size = 0") },
+			"a sealed text altered":        func(e exec) { e("UPDATE sealed SET box = zeroblob(60) WHERE idx = 6") },
+		} {
+			t.Run(name+" stops the running ledger", func(t *testing.T) {
+				f = filled(t, on)
+				f.tamper(alter)
+				f.stops()
+			})
+		}
+	})
 }
 
 func TestAnEditedOpenRequestStopsTheStartOfALedgerThatIsHashedWhole(t *testing.T) {
-	f := filled(t)
-	f.o.CheckNewest = tamperEntries
-	f.tamper(func(e func(string, ...any)) { e("DELETE FROM open_requests WHERE request = 'req_4'") })
-	f.refuses()
+	onBoth(t, func(t *testing.T, on engineName) {
+		f := filled(t, on)
+		f.o.CheckNewest = tamperEntries
+		f.tamper(func(e func(string, ...any)) { e("DELETE FROM open_requests WHERE request = 'req_4'") })
+		f.refuses()
+	})
 }
 
 func TestATriggerTakenAwayStopsTheStart(t *testing.T) {
-	for _, s := range schema() {
+	for _, s := range sqliteSchema() {
 		if !strings.HasPrefix(s, "CREATE TRIGGER") {
 			continue
 		}
@@ -289,7 +348,7 @@ func TestATriggerTakenAwayStopsTheStart(t *testing.T) {
 }
 
 func TestATreeRebuiltWithoutTheLogKeyIsRefused(t *testing.T) {
-	f := filled(t)
+	f := filled(t, onSQLite)
 	// Everything consistent with everything else, under a key of one's own.
 	skey, vkey, err := note.GenerateKey(rand.Reader, origin)
 	if err != nil {
@@ -352,48 +411,50 @@ func TestAForkOfTheSameLengthIsNoticed(t *testing.T) {
 }
 
 func TestAMissingOrAlteredHeadFileIsNoticed(t *testing.T) {
-	f := filled(t)
-	head := f.o.Dir + "/head"
-	b, err := os.ReadFile(head)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for i := range b {
-		c := append([]byte(nil), b...)
-		c[i] ^= 1
-		if err := os.WriteFile(head, c, 0o600); err != nil {
+	onBoth(t, func(t *testing.T, on engineName) {
+		f := filled(t, on)
+		head := f.o.Dir + "/head"
+		b, err := os.ReadFile(head)
+		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := f.verify.Checkpoint(string(c)); err == nil {
-			continue // the bits of base64 that stand for nothing
-		}
-		if i%16 == 0 || i < 40 {
-			f.refuses()
-		}
-	}
-	if err := os.Remove(head); err != nil {
-		t.Fatal(err)
-	}
-	f.refuses()
-	// An older checkpoint of the same log is what a recorder may be given back.
-	r, err := ReadOnly(f.path())
-	if err != nil {
-		t.Fatal(err)
-	}
-	for size, n := range r.Checkpoints(t.Context()) {
-		if size > 50 {
-			if err := os.WriteFile(head, []byte(n), 0o600); err != nil {
+		for i := range b {
+			c := append([]byte(nil), b...)
+			c[i] ^= 1
+			if err := os.WriteFile(head, c, 0o600); err != nil {
 				t.Fatal(err)
 			}
-			break
+			if _, err := f.verify.Checkpoint(string(c)); err == nil {
+				continue // the bits of base64 that stand for nothing
+			}
+			if i%16 == 0 || i < 40 {
+				f.refuses()
+			}
 		}
-	}
-	r.Close()
-	f.open()
+		if err := os.Remove(head); err != nil {
+			t.Fatal(err)
+		}
+		f.refuses()
+		// An older checkpoint of the same log is what a recorder may be given back.
+		r, err := ReadOnly(f.where())
+		if err != nil {
+			t.Fatal(err)
+		}
+		for size, n := range r.Checkpoints(t.Context()) {
+			if size > 50 {
+				if err := os.WriteFile(head, []byte(n), 0o600); err != nil {
+					t.Fatal(err)
+				}
+				break
+			}
+		}
+		r.Close()
+		f.open()
+	})
 }
 
 func TestAnAlteredIndexIsFound(t *testing.T) {
-	f := filled(t)
+	f := filled(t, onSQLite)
 	// Straight in the file: the pages of an index hold its values in the clear.
 	b, err := os.ReadFile(f.path())
 	if err != nil {
@@ -424,12 +485,12 @@ func TestAnAlteredIndexIsFound(t *testing.T) {
 }
 
 func TestAByteOfTheLogChangedInTheFileIsFound(t *testing.T) {
-	f := filled(t)
+	f := filled(t, onSQLite)
 	whole, err := os.ReadFile(f.path())
 	if err != nil {
 		t.Fatal(err)
 	}
-	r, err := ReadOnly(f.path())
+	r, err := ReadOnly(f.where())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -487,7 +548,7 @@ func TestAByteOfTheLogChangedInTheFileIsFound(t *testing.T) {
 }
 
 func TestADamagedFileIsAMismatch(t *testing.T) {
-	f := filled(t)
+	f := filled(t, onSQLite)
 	b, err := os.ReadFile(f.path())
 	if err != nil {
 		t.Fatal(err)

@@ -125,7 +125,7 @@ type querier interface {
 }
 
 // readNodes reads nodes from the database. A missing one is a mismatch.
-func readNodes(ctx context.Context, q querier, ns []node) ([]tlog.Hash, error) {
+func readNodes(ctx context.Context, e engine, q querier, ns []node) ([]tlog.Hash, error) {
 	if len(ns) == 0 {
 		return nil, nil
 	}
@@ -141,7 +141,7 @@ func readNodes(ctx context.Context, q querier, ns []node) ([]tlog.Hash, error) {
 	if err != nil {
 		return nil, err
 	}
-	rows, err := q.QueryContext(ctx, "SELECT h.idx, h.nodes FROM json_each(?) j CROSS JOIN hashes h ON h.idx = j.value", string(arg))
+	rows, err := q.QueryContext(ctx, "SELECT h.idx, h.nodes FROM "+e.list("bigint")+" CROSS JOIN hashes h WHERE h.idx = j.value", string(arg))
 	if err != nil {
 		return nil, err
 	}
@@ -171,6 +171,15 @@ func readNodes(ctx context.Context, q querier, ns []node) ([]tlog.Hash, error) {
 	return out, nil
 }
 
+// readHashes is readNodes by tlog's numbers.
+func readHashes(ctx context.Context, e engine, q querier, indexes []int64) ([]tlog.Hash, error) {
+	ns := make([]node, len(indexes))
+	for i, x := range indexes {
+		ns[i].level, ns[i].n = tlog.SplitStoredHashIndex(x)
+	}
+	return readNodes(ctx, e, q, ns)
+}
+
 // hashReader reads from memory what is there, the rest from the database.
 func (l *Ledger) hashReader(ctx context.Context) tlog.HashReaderFunc {
 	return func(indexes []int64) ([]tlog.Hash, error) {
@@ -187,7 +196,7 @@ func (l *Ledger) hashReader(ctx context.Context) tlog.HashReaderFunc {
 			out[i] = h
 		}
 		l.nodes.mu.RUnlock()
-		hs, err := readNodes(ctx, l.r, missing)
+		hs, err := readNodes(ctx, l.e, l.r, missing)
 		if err != nil {
 			return nil, l.readErr(err)
 		}
@@ -253,7 +262,7 @@ func (l *Ledger) Tile(ctx context.Context, t tlog.Tile) ([]byte, error) {
 	for n := first; n < last; n++ {
 		ns = append(ns, node{level, n})
 	}
-	hs, err := readNodes(ctx, l.r, ns)
+	hs, err := readNodes(ctx, l.e, l.r, ns)
 	if err != nil {
 		return nil, l.readErr(err)
 	}

@@ -3,43 +3,90 @@ package ledger
 import (
 	"context"
 	"database/sql"
+	"errors"
 	"fmt"
 	"net/url"
+	"path/filepath"
 	"strings"
+	"time"
 
-	_ "modernc.org/sqlite" // the engine, pure Go
+	"modernc.org/sqlite" // the engine, pure Go
+	sqlite3 "modernc.org/sqlite/lib"
 )
 
-// column is a column of entries that the database generates from the stored
-// body, so that it cannot disagree with the leaf.
-type column struct {
-	name, path string
-	indexed    bool
+// sqliteDB is the embedded engine: the file ledger.db in dir. Generated columns
+// are virtual: the table holds the body alone, their values lie in the indexes.
+// The lock beside the file is the claim on it.
+type sqliteDB struct{ dir string }
+
+func (s *sqliteDB) open() (w, r *sql.DB, err error) {
+	path := filepath.Join(s.dir, "ledger.db")
+	if err := touch(path); err != nil {
+		return nil, nil, err
+	}
+	if w, err = openDB(path, 1, "_journal_mode=WAL", "_synchronous=FULL", "_pragma=cache_size(-65536)", "_pragma=page_size(4096)", "_pragma=wal_autocheckpoint(8000)"); err != nil {
+		return nil, nil, err
+	}
+	r, err = openDB(path, 8, "_query_only=1", "_pragma=cache_size(-8192)")
+	return w, r, err
 }
 
-// columns are what History filters by. They are virtual: the table holds the
-// body alone, their values lie in the indexes. An empty string counts as NULL,
-// and the indexes leave NULL out. An index on a column is in effect one on
-// (column, idx), so that a filter is served in the order of idx. time needs no
-// index: it never decreases with idx, and is found by bisection.
-var columns = []column{
-	{"id", "$.id", true},
-	{"time", "$.time", false},
-	{"type", "$.type", true},
-	{"request", "$.request", true},
-	{"step", "$.step", true},
-	{"run", "$.run", true},
-	{"orchestrator", "$.orchestrator", true},
-	{"scope", "$.action", true},
-	{"target", "$.resource", true},
-	{"person", "$.person", true},
-	{"subject", "$.subject.id", true},
-	{"outcome", "$.decision.outcome", true},
+func (*sqliteDB) claim(context.Context, *sql.Conn) error { return nil }
+
+func (*sqliteDB) release(context.Context, *sql.Conn) error { return nil }
+
+func (*sqliteDB) begin() string { return "BEGIN IMMEDIATE" }
+
+// insert uses as few statements as there are. OR ROLLBACK, since the whole
+// transaction is given up anyway: SQLite then keeps no journal of the statement.
+func (*sqliteDB) insert(ctx context.Context, w *writer, into string, width int, args []any, suffix string) error {
+	row := ",(?" + strings.Repeat(",?", width-1) + ")"
+	for _, n := range []int{128, 32, 8, 3, 2, 1} {
+		for len(args) >= n*width {
+			if err := w.exec(ctx, "INSERT OR ROLLBACK INTO "+into+" VALUES "+strings.Repeat(row, n)[1:]+suffix, args[:n*width]...); err != nil {
+				return err
+			}
+			args = args[n*width:]
+		}
+	}
+	return nil
 }
 
-// schema returns the statements that make an empty ledger. Open compares them
-// with what the database says of itself, so that a trigger that was taken away
-// is noticed.
+func (*sqliteDB) list(string) string { return "json_each($1) j" }
+
+func (*sqliteDB) by(index string) string { return " INDEXED BY " + index }
+
+func (*sqliteDB) walk(column, and, order string) string {
+	return fmt.Sprintf("FROM entries a INDEXED BY entries_%s WHERE a.%[1]s = $1 AND a.idx >= $2 AND a.idx < $3%s ORDER BY a.idx%s", column, and, order)
+}
+
+func (*sqliteDB) patience(ctx context.Context) (context.Context, context.CancelFunc) {
+	return ctx, func() {}
+}
+
+func (*sqliteDB) heartbeat() time.Duration { return 0 }
+
+// class makes a mismatch of what SQLite itself calls corrupt.
+func (*sqliteDB) class(err error) error {
+	var se *sqlite.Error
+	if errors.As(err, &se) && !errors.Is(err, ErrMismatch) {
+		switch se.Code() & 0xff {
+		case sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB:
+			return fmt.Errorf("%w: the database file is damaged: %w", ErrMismatch, err)
+		case sqlite3.SQLITE_ERROR:
+			// What json_extract makes of a body that it cannot read: it is nested
+			// deeper than 1,000 levels.
+			if strings.Contains(se.Error(), "malformed JSON") {
+				return fmt.Errorf("%w: %w", errRefused, err)
+			}
+		}
+	}
+	return err
+}
+
+// sqliteSchema returns the statements that make an empty ledger. Open compares
+// them with what the database says of itself, so that a trigger that was taken
+// away is noticed.
 //
 // The refusal of REPLACE: an insert that replaces deletes the old row without
 // firing a DELETE trigger (recursive_triggers is off by default, and any other
@@ -51,11 +98,11 @@ var columns = []column{
 // entries_id is not declared UNIQUE, as REPLACE would then delete by it; that
 // no id comes twice is what the trigger checks. The hash row of an entry follows
 // the entry in its transaction, so that an entry which has one is not new.
-func schema() []string {
+func sqliteSchema() []string {
 	var table strings.Builder
 	table.WriteString("CREATE TABLE entries (idx INTEGER PRIMARY KEY, body TEXT NOT NULL")
 	for _, c := range columns {
-		fmt.Fprintf(&table, ", %s TEXT GENERATED ALWAYS AS (nullif(json_extract(body, '%s'), '')) VIRTUAL", c.name, c.path)
+		fmt.Fprintf(&table, ", %s TEXT GENERATED ALWAYS AS (nullif(json_extract(body, '$.%s'), '')) VIRTUAL", c.name, strings.Join(c.path, "."))
 	}
 	table.WriteString(") STRICT")
 	s := []string{table.String()}
@@ -92,9 +139,9 @@ func schema() []string {
 // application_id), "CSLG".
 const applicationID = 0x43534c47
 
-// ensureSchema makes the schema in an empty database and compares it in any
-// other. All of it is one transaction: a crash leaves an empty database.
-func ensureSchema(ctx context.Context, c *sql.Conn) error {
+// ensureSchema makes the schema in one transaction: a crash leaves an empty
+// database.
+func (*sqliteDB) ensureSchema(ctx context.Context, c *sql.Conn) error {
 	rows, err := c.QueryContext(ctx, "SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL AND name NOT LIKE 'sqlite_%'")
 	if err != nil {
 		return err
@@ -112,18 +159,18 @@ func ensureSchema(ctx context.Context, c *sql.Conn) error {
 		return err
 	}
 	if len(found) > 0 {
-		for _, s := range schema() {
+		for _, s := range sqliteSchema() {
 			if _, ok := found[s]; !ok {
-				return fmt.Errorf("%w: the database's schema was altered: missing %q", ErrMismatch, strings.SplitN(s, "(", 2)[0])
+				return alteredSchema("missing %q", statementName(s))
 			}
 			delete(found, s)
 		}
 		for _, name := range found {
-			return fmt.Errorf("%w: the database's schema was altered: %q is not part of it", ErrMismatch, name)
+			return alteredSchema("%q is not part of it", name)
 		}
 		return nil
 	}
-	stmts := append([]string{"BEGIN IMMEDIATE", fmt.Sprintf("PRAGMA application_id = %d", applicationID)}, schema()...)
+	stmts := append([]string{"BEGIN IMMEDIATE", fmt.Sprintf("PRAGMA application_id = %d", applicationID)}, sqliteSchema()...)
 	for _, s := range append(stmts, "COMMIT") {
 		if _, err := c.ExecContext(ctx, s); err != nil {
 			return fmt.Errorf("making the ledger's schema: %w", err)
@@ -148,4 +195,24 @@ func openDB(path string, conns int, params ...string) (*sql.DB, error) {
 	db.SetMaxOpenConns(conns)
 	db.SetMaxIdleConns(conns)
 	return db, nil
+}
+
+// checkColumns has nothing to compare: virtual columns are what their body says.
+func (*sqliteDB) checkColumns(context.Context, querier, int64, int64) error { return nil }
+
+// checkPages has SQLite compare the indexes with the table, page by page.
+func (*sqliteDB) checkPages(ctx context.Context, c *sql.Conn) error {
+	var found []string
+	if err := each(ctx, c, func(rows *sql.Rows) error {
+		var s string
+		err := rows.Scan(&s)
+		found = append(found, s)
+		return err
+	}, "PRAGMA integrity_check(5)"); err != nil {
+		return err
+	}
+	if len(found) != 1 || found[0] != "ok" {
+		return fmt.Errorf("%w: the database's pages: %s", ErrMismatch, strings.Join(found, "; "))
+	}
+	return nil
 }
