@@ -19,6 +19,7 @@ import (
 	"github.com/countersign-dev/countersign/scopes"
 	"github.com/countersign-dev/countersign/store"
 	"github.com/countersign-dev/countersign/store/ledger"
+	"github.com/countersign-dev/countersign/store/refusal"
 )
 
 // Catalogue is the recorder's own copy of the catalogue, see scopes.InForce.
@@ -93,7 +94,7 @@ type Approvals struct {
 	subs    map[*subscriber]bool
 	tidied  time.Time
 	keyDue  time.Time // no key is active by itself before; zero: unknown
-	refused refusals
+	refused *refusal.Log
 
 	challenges pending[challenge]
 	enrolments pending[enrolment]
@@ -125,6 +126,7 @@ func New(ctx context.Context, c Config) (*Approvals, error) {
 		challenges: pending[challenge]{life: ChallengeLife}, enrolments: pending[enrolment]{life: EnrolmentLife},
 	}
 	a.c.BaseURL = a.web
+	a.refused = refusal.New(c.Log, func(ctx context.Context, s *store.Submission) error { _, err := a.append(ctx, s); return err }, kindOf)
 	if err := a.load(ctx); err != nil {
 		return nil, fmt.Errorf("rebuilding the approvals: %w", err)
 	}
@@ -135,10 +137,12 @@ func New(ctx context.Context, c Config) (*Approvals, error) {
 	return a, nil
 }
 
-// Close ends what New began. Subscribers' channels are closed.
+// Close ends what New began, and puts on record what refusals are still folded.
+// Subscribers' channels are closed.
 func (a *Approvals) Close() error {
 	a.cancel()
 	a.tasks.Wait()
+	a.refused.Close()
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	for s := range a.subs {

@@ -28,10 +28,6 @@ const (
 	// maxPending is how many challenges or enrolments one person has under way;
 	// the oldest goes.
 	maxPending = 16
-	// eachRefusal is how many like attempts have an entry each.
-	eachRefusal = 5
-	// maxRefusals is how many kinds of refused attempts are counted.
-	maxRefusals = 10_000
 )
 
 // The actions under which refused attempts are on record.
@@ -328,31 +324,23 @@ func sameTerms(x, y *store.StandingTerms) bool {
 // be recorded, the error is store.ErrUnavailable: it is made again.
 func (a *Approvals) refuse(ctx context.Context, p Person, r *Request, action string, why error) error {
 	problem, detail := problemOf(why)
-	about := ""
-	if r != nil {
-		about = r.Request
-	}
-	folded, due := a.refused.count(refusal{p.Name, action, about, problem})
-	if !due {
-		return why
-	}
 	s := a.entry(store.AccessRefused, action)
 	if r != nil {
 		s = a.about(store.AccessRefused, action, r)
 	}
 	s.Person, s.Cause = store.Ptr(a.pseudonym(p)), store.Ptr(detail)
 	s.Decision = &store.Decision{Outcome: store.Deny, Reasons: []string{problem}}
-	s.SetDetails(store.RefusedDetails{Role: "approver", Problem: problem, Folded: folded})
+	s.SetDetails(store.RefusedDetails{Role: "approver", Problem: problem})
 	s.Seal(store.SealedPerson, p.Name)
-	// Who hangs up has made the attempt all the same. A crash before this leaves
-	// an attempt that had no effect and is not on record; nobody was told of it.
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
-	defer cancel()
-	if _, err := a.append(ctx, s); err != nil {
-		a.refused.missed(refusal{p.Name, action, about, problem}, folded+1)
+	if err := a.refused.Add(ctx, s); err != nil {
 		return err
 	}
 	return why
+}
+
+// kindOf is what refused attempts must share to be folded into one entry.
+func kindOf(s *store.Submission) string {
+	return strings.Join([]string{*s.Person, s.Action, s.Request, s.Decision.Reasons[0]}, "\x00")
 }
 
 // problemOf names why an attempt did not count: by the slug of the problem
@@ -389,47 +377,6 @@ func cut(s string) string {
 		s = strings.ToValidUTF8(s[:500], "") + "…"
 	}
 	return s
-}
-
-// refusal is what attempts must share to be folded into one entry.
-type refusal struct{ person, action, request, problem string }
-
-// refusals counts attempts, so that one who repeats one without end does not
-// fill the ledger: the first few have an entry each, then each that doubles
-// their number.
-type refusals struct {
-	mu sync.Mutex
-	n  map[refusal]refused
-}
-
-type refused struct{ seen, folded int }
-
-// count takes one attempt and says whether it is due to be recorded, and with
-// how many that were not.
-func (f *refusals) count(k refusal) (folded int, due bool) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if f.n == nil || len(f.n) >= maxRefusals {
-		f.n = map[refusal]refused{}
-	}
-	c := f.n[k]
-	c.seen++
-	if due = c.seen <= eachRefusal || c.seen&(c.seen-1) == 0; due {
-		folded, c.folded = c.folded, 0
-	} else {
-		c.folded++
-	}
-	f.n[k] = c
-	return folded, due
-}
-
-// missed gives n attempts back that could not be recorded.
-func (f *refusals) missed(k refusal, n int) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	c := f.n[k]
-	c.folded += n
-	f.n[k] = c
 }
 
 // pending is what people began and did not finish: kept for a while, in memory

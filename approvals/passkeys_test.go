@@ -143,7 +143,6 @@ func TestASignatureCountsForTheDecisionThatWasShownAlone(t *testing.T) {
 			return alice, id, d
 		},
 	} {
-		w.a.refused.n = nil // so that none is folded into another
 		before := len(w.refusals())
 		p, id, d := forge()
 		if _, err := w.a.Decide(t.Context(), p, id, d); err == nil {

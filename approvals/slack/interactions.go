@@ -408,5 +408,5 @@ func (s *Slack) refuse(r *http.Request, c *callback, problem, why, request strin
 	remote, _, _ := net.SplitHostPort(r.RemoteAddr)
 	sub.SetDetails(store.RefusedDetails{Method: r.Method, Route: route, Problem: problem, Remote: remote})
 	s.c.Log.Info("a Slack callback was refused", zap.String("problem", problem), zap.String("why", why), zap.String("remote", remote))
-	s.refused.add(r.Context(), sub)
+	_ = s.refused.Add(r.Context(), sub) // it has logged what it says
 }

@@ -29,6 +29,7 @@ import (
 	"github.com/countersign-dev/countersign/approvals/outbox"
 	"github.com/countersign-dev/countersign/store"
 	"github.com/countersign-dev/countersign/store/ledger"
+	"github.com/countersign-dev/countersign/store/refusal"
 )
 
 // Approvals is what decides: *approvals.Approvals.
@@ -76,7 +77,7 @@ type Slack struct {
 	tasks   sync.WaitGroup
 	cancel  context.CancelFunc
 	ctx     context.Context
-	refused refusals
+	refused *refusal.Log
 
 	write     sync.Mutex // held while a link changes, so that the record and links agree on the order
 	mu        sync.Mutex
@@ -141,7 +142,8 @@ func New(ctx context.Context, c Config) (*Slack, error) {
 		links: map[string]*link{}, linking: map[string]*linking{}, tries: map[string]tries{}, seen: map[[32]byte]time.Time{},
 	}
 	s.ctx, s.cancel = context.WithCancel(context.WithoutCancel(ctx))
-	s.refused.init(c.Record, c.Log)
+	// By why they were refused: whoever floods the address hides no other attempt.
+	s.refused = refusal.New(c.Log, c.Record, func(s *store.Submission) string { return s.Decision.Reasons[1] })
 	if err := s.loadLinks(ctx); err != nil {
 		s.cancel()
 		return nil, err
@@ -154,7 +156,7 @@ func New(ctx context.Context, c Config) (*Slack, error) {
 func (s *Slack) Close() error {
 	s.cancel()
 	s.tasks.Wait()
-	s.refused.close()
+	s.refused.Close()
 	return nil
 }
 

@@ -15,6 +15,7 @@ import (
 	"github.com/countersign-dev/countersign/approvals/slack/slacktest"
 	"github.com/countersign-dev/countersign/store"
 	"github.com/countersign-dev/countersign/store/ledger"
+	"github.com/countersign-dev/countersign/store/refusal"
 )
 
 var (
@@ -448,7 +449,7 @@ func TestAFloodOfForgedCallbacksIsFolded(t *testing.T) {
 		d := must(store.DetailsAs[store.RefusedDetails](must(store.ParseLeaf(h.Entry))))
 		entries, total = entries+1, total+1+d.Folded
 	}
-	if total != n || entries > refusalBurst+30 {
+	if total != n || entries > refusal.Burst+30 {
 		t.Fatalf("%d entries stand for %d refusals", entries, total)
 	}
 }
