@@ -2,6 +2,8 @@ package evidence
 
 import (
 	"crypto/rand"
+	"crypto/sha256"
+	"encoding/hex"
 	"fmt"
 	"testing"
 	"time"
@@ -89,7 +91,7 @@ type tale struct {
 func (h *house) tale(n, run, scope string, outcome store.Outcome) *tale {
 	return &tale{h, n, run, scope, outcome, store.Grant{
 		Scope: scope, Target: "vault://" + scope, Engine: "token", Policies: []string{"p"}, Params: map[string]string{},
-		TTL: store.Duration(5 * time.Minute), Delivery: "direct", Revocable: true,
+		TTL: store.Duration(2 * time.Hour), Delivery: "direct", Revocable: true,
 	}}
 }
 
@@ -114,10 +116,10 @@ func (s *tale) requested(reason string) *store.Submission {
 	return e
 }
 
-// asked is what people are asked: two of group dba.
+// asked is what people are asked: one of group dba.
 func (s *tale) asked(reason string) *store.Submission {
 	e := s.entry(store.ApprovalRequested, store.ApprovalRequestedDetails{Approval: "apr_" + s.n, Grant: s.grant, Excluded: []string{}, Rule: store.Rule{
-		Groups: []store.RuleGroup{{Group: "dba", Count: 1}}, Expires: store.Duration(time.Hour), Collect: store.Duration(time.Hour)}})
+		Groups: []store.RuleGroup{{Group: "dba", Count: 1}}, Expires: store.Duration(time.Hour), Collect: store.Duration(3 * time.Hour)}})
 	e.Seal(store.SealedReason, reason)
 	return e
 }
@@ -139,7 +141,7 @@ func (s *tale) decided(asked int64, decision, person, reason string) *store.Subm
 }
 
 func (s *tale) issuing() *store.Submission {
-	d := store.IssuingDetails{Attempt: 1, Grant: s.grant.Digest(), NotPast: store.At(s.h.now.Add(5 * time.Minute))}
+	d := store.IssuingDetails{Attempt: 1, Grant: s.grant.Digest(), NotPast: store.At(s.h.now.Add(2 * time.Hour))}
 	if s.outcome == store.NeedsApproval {
 		d.Approval = "req_" + s.n
 	}
@@ -147,7 +149,7 @@ func (s *tale) issuing() *store.Submission {
 }
 
 func (s *tale) issued(intent *store.Submission) *store.Submission {
-	return s.entry(store.CredentialIssued, store.IssuedDetails{Intent: intent.ID, Attempt: 1, Kind: "vault_token", Revocable: true, Accessor: "acc-" + s.n, Expires: store.At(s.h.now.Add(5 * time.Minute))})
+	return s.entry(store.CredentialIssued, store.IssuedDetails{Intent: intent.ID, Attempt: 1, Kind: "vault_token", Revocable: true, Accessor: "acc-" + s.n, Expires: store.At(s.h.now.Add(2 * time.Hour))})
 }
 
 func (s *tale) used(intent *store.Submission, use string) *store.Submission {
@@ -172,9 +174,15 @@ func (h *house) policy(catalogue string) *store.Submission {
 	e := &store.Submission{Entry: store.Entry{
 		V: store.Version, ID: h.id(), Type: store.PolicyLoaded, WriterTime: store.At(h.now), Agent: "spiffe://evidence.example/recorder/recorder", Action: "policy.loaded",
 	}}
-	e.SetDetails(store.PolicyDetails{Digest: "sha256:00", Catalogue: "sha256:00"})
+	e.SetDetails(store.PolicyDetails{Digest: "sha256:00", Catalogue: "sha256:" + hexSum(catalogue)})
 	e.Seal(store.SealedCatalogue, catalogue)
 	return e
+}
+
+// hexSum is the SHA-256 of a text in hexadecimal.
+func hexSum(s string) string {
+	sum := sha256.Sum256([]byte(s))
+	return hex.EncodeToString(sum[:])
 }
 
 // exported puts export.created on record, as the recorder does before it reads.
