@@ -50,6 +50,16 @@ type Eraser struct {
 	Agent string // SPIFFE ID
 }
 
+// OfScope before a scope's name is a key of PolicyDetails.Retention: texts about
+// that scope are kept so long where that is longer than their sensitivity says.
+const OfScope = "scope:"
+
+// Class is texts that are kept equally long.
+type Class struct {
+	Sensitivity string // empty: about no scope
+	Scope       string // empty: all but those that have a retention of their own
+}
+
 // erasing is what the record says of erasures, read from it as it grows. Its
 // mutex is held while an erasure is judged and put on record, and while a hold
 // or a retention is: each sees the other, or comes after it on record.
@@ -184,7 +194,8 @@ func sensitivity(e *store.Entry) string {
 
 // judge says why the texts of entry i may not be erased at now: nil where they
 // may. mu is held.
-func (l *Ledger) judge(i int64, e *store.Entry, kept time.Duration, now store.Time) *ErasureError {
+func (l *Ledger) judge(i int64, e *store.Entry, by Eraser, kept time.Duration, now store.Time) *ErasureError {
+	kept = max(kept, time.Duration(l.erasing.kept[by.Name][OfScope+e.Action]))
 	refuse := func(c ErasureCode, m string) *ErasureError { return &ErasureError{Code: c, Index: i, Message: m} }
 	switch {
 	case len(e.Sealed) == 0:
@@ -295,7 +306,7 @@ func (l *Ledger) recordErasure(ctx context.Context, by Eraser, indexes []int64, 
 		if c := sensitivity(e); c != class {
 			return nil, &ErasureError{ErasureSensitivity, p.Index, fmt.Sprintf("it is of sensitivity %q, not %q", c, class)}
 		}
-		if why := l.judge(p.Index, e, kept, now); why != nil {
+		if why := l.judge(p.Index, e, by, kept, now); why != nil {
 			return nil, why
 		}
 		ids[k] = e.ID
@@ -517,11 +528,11 @@ func (l *Ledger) deleteBoxes(ctx context.Context, indexes []int64) error {
 	return nil
 }
 
-// Due returns entries of one sensitivity, from index from on, whose texts may be
-// erased after kept: the first limit of them. next is where the next call may
-// begin: below it is nothing more of that sensitivity to erase once these are,
-// but what a hold covers (see Lifted) or a type that is never erased.
-func (l *Ledger) Due(ctx context.Context, class string, kept time.Duration, from int64, limit int) (due []int64, next int64, err error) {
+// Due returns entries of one class, from index from on, whose texts by may erase
+// after kept: the first limit of them. next is where the next call may begin:
+// below it is nothing more of that class to erase once these are, but what a
+// hold covers (see Lifted) or a type that is never erased.
+func (l *Ledger) Due(ctx context.Context, by Eraser, class Class, kept time.Duration, from int64, limit int) (due []int64, next int64, err error) {
 	now := store.At(l.o.Now())
 	end, err := l.firstAt(ctx, now.Add(-kept), l.Size())
 	if err != nil {
@@ -529,6 +540,7 @@ func (l *Ledger) Due(ctx context.Context, class string, kept time.Duration, from
 	}
 	l.erasing.mu.Lock()
 	err = l.learn(ctx)
+	kinds := l.erasing.kept[by.Name] // replaced by a change, never written to
 	l.erasing.mu.Unlock()
 	if err != nil {
 		return nil, from, err
@@ -557,10 +569,11 @@ func (l *Ledger) Due(ctx context.Context, class string, kept time.Duration, from
 				return nil, from, l.readErr(fmt.Errorf("%w: entry %d: %w", ErrMismatch, p.Index, err))
 			}
 			next = p.Index + 1
-			if sensitivity(e) != class {
+			_, own := kinds[OfScope+e.Action]
+			if sensitivity(e) != class.Sensitivity || own != (class.Scope != "") || own && e.Action != class.Scope {
 				continue
 			}
-			why := l.judge(p.Index, e, kept, now)
+			why := l.judge(p.Index, e, by, kept, now)
 			if why == nil {
 				if due = append(due, p.Index); len(due) == limit {
 					break

@@ -176,6 +176,32 @@ func TestNobodyButTheRecorderSaysHowLongTextsAreKeptOrThatTheyAreErased(t *testi
 	}
 }
 
+func TestAScopeKeepsItsTextsLongerThanItsSensitivitySays(t *testing.T) {
+	f := newFixture(t)
+	l := f.open()
+	f.keep(l, map[string]time.Duration{"low": time.Hour, OfScope + "pay:read": 3 * time.Hour})
+	plain := f.say(l, "r", "low", "plain")
+	s := used("r")
+	s.Action = "pay:read"
+	s.Seal(store.SealedReason, "longer")
+	own := f.append(l, s).Entries[0].Index
+	f.advance(2 * time.Hour)
+	if err := l.Erase(t.Context(), eraser, []int64{own}, "low", time.Hour); refused(err) != ErasureEarly {
+		t.Fatalf("the scope keeps it: %v", err)
+	}
+	if due, next, err := l.Due(t.Context(), eraser, Class{Sensitivity: "low"}, time.Hour, 0, 9); err != nil || fmt.Sprint(due) != fmt.Sprint([]int64{plain}) || next != l.Size() {
+		t.Fatalf("due %v next %d: %v", due, next, err)
+	}
+	f.advance(2 * time.Hour)
+	due, _, err := l.Due(t.Context(), eraser, Class{Sensitivity: "low", Scope: "pay:read"}, 3*time.Hour, 0, 9)
+	if err != nil || fmt.Sprint(due) != fmt.Sprint([]int64{own}) {
+		t.Fatalf("due %v: %v", due, err)
+	}
+	if err := l.Erase(t.Context(), eraser, due, "low", 3*time.Hour); err != nil {
+		t.Fatal(err)
+	}
+}
+
 func TestAHoldKeepsARunOrAWindowUntilItIsLifted(t *testing.T) {
 	f := newFixture(t)
 	l := f.open()
@@ -195,7 +221,7 @@ func TestAHoldKeepsARunOrAWindowUntilItIsLifted(t *testing.T) {
 			t.Fatalf("entry %d is held: %v", i, err)
 		}
 	}
-	if due, next, err := l.Due(t.Context(), "low", time.Hour, 0, 10); err != nil || fmt.Sprint(due) != fmt.Sprint([]int64{c}) || next <= c {
+	if due, next, err := l.Due(t.Context(), eraser, Class{Sensitivity: "low"}, time.Hour, 0, 10); err != nil || fmt.Sprint(due) != fmt.Sprint([]int64{c}) || next <= c {
 		t.Fatalf("due %v next %d: %v", due, next, err)
 	}
 	seen := l.Size()
@@ -229,7 +255,7 @@ func TestWhatIsUnderWayKeepsItsTexts(t *testing.T) {
 	if err := l.Erase(t.Context(), eraser, []int64{i}, "low", time.Hour); refused(err) != ErasureNeeded {
 		t.Fatalf("its credential is live: %v", err)
 	}
-	if due, next, err := l.Due(t.Context(), "low", time.Hour, 0, 10); err != nil || len(due) != 0 || next != i {
+	if due, next, err := l.Due(t.Context(), eraser, Class{Sensitivity: "low"}, time.Hour, 0, 10); err != nil || len(due) != 0 || next != i {
 		t.Fatalf("due %v next %d: %v", due, next, err)
 	}
 	f.append(l, s.closed(store.CredentialRevoked, intent, 1))
@@ -710,7 +736,7 @@ func TestNoTextIsErasedEarlyOrHeldAndEachIsGoneInTheEnd(t *testing.T) {
 			}
 			for c, kept := range retention {
 				for {
-					due, next, err := l.Due(context.Background(), c, kept, marks[c], 3)
+					due, next, err := l.Due(context.Background(), eraser, Class{Sensitivity: c}, kept, marks[c], 3)
 					if err != nil {
 						rt.Fatal(err)
 					}
