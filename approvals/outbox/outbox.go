@@ -1,9 +1,11 @@
-// Package outbox tells the world outside about approvals: Slack, webhooks. It
-// is durable, and nobody waits for it: whoever asks or decides goes on while a
-// destination is slow or down.
+// Package outbox tells the world outside about approvals and passkeys: Slack,
+// webhooks. It is durable, and nobody waits for it: whoever asks or decides goes
+// on while a destination is slow or down.
 //
-// It keeps one row per approval and destination: which version of the request
-// the destination should show, and which it shows. Every delivery sends the
+// It keeps one row per approval, or passkey, and destination: which version of it
+// the destination should show, and which it shows. No text is in the file: what
+// is told is read from the record when it is sent, so that a text that was
+// erased meanwhile is not. Every delivery sends the
 // newest state, so that a destination which was away is told once where things
 // stand. What is to be told follows from the ledger alone: rows are made from
 // the approvals' events and again from their list at each start, so that the
@@ -21,6 +23,7 @@ import (
 	"net"
 	"net/url"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -34,6 +37,7 @@ import (
 // Source is where the requests come from: *approvals.Approvals.
 type Source interface {
 	Get(ctx context.Context, id string) (*approvals.Request, error)
+	Passkeys(ctx context.Context, of *approvals.Person) ([]approvals.Passkey, error)
 	List(ctx context.Context, f approvals.Filter) ([]approvals.Request, string, error)
 	Subscribe() (<-chan approvals.Event, func())
 }
@@ -50,11 +54,13 @@ type Sender interface {
 	Send(ctx context.Context, d Delivery) (place string, err error)
 }
 
-// Delivery is one state of a request, to be shown at a destination.
+// Delivery is one state of a request, or of a passkey, to be shown at a
+// destination.
 type Delivery struct {
-	Request *approvals.Request
-	Version string // see Version
-	Place   string // what Send returned before; empty: nothing is known to be there
+	Request *approvals.Request // nil: it is about Passkey
+	Passkey *approvals.Passkey // nil: it is about Request
+	Version string             // see Version and PasskeyVersion
+	Place   string             // what Send returned before; empty: nothing is known to be there
 	// Doubt is set where Place is empty and an earlier attempt may have left a
 	// message all the same.
 	Doubt *Doubt
@@ -86,6 +92,27 @@ func (f *Failure) Unwrap() error { return f.Err }
 func Version(r *approvals.Request) string {
 	return string(r.Status) + "/" + strconv.Itoa(len(r.Decisions))
 }
+
+// PasskeyVersion names a state of k: enrolled, activated or revoked.
+func PasskeyVersion(k *approvals.Passkey) string {
+	v, _ := passkeyState(k)
+	return v
+}
+
+// passkeyState is the newest that happened to k, and when.
+func passkeyState(k *approvals.Passkey) (version string, at time.Time) {
+	switch {
+	case !k.Revoked.IsZero():
+		return "revoked", k.Revoked
+	case k.Active:
+		return "activated", k.Activated
+	}
+	return "enrolled", k.Enrolled
+}
+
+// ofPasskey begins the name of a row about a passkey; its enrolment's ID follows.
+// No approval is named so.
+const ofPasskey = "passkey:"
 
 // Final reports whether nothing more will happen to a request in state s that
 // a person waits to be told.
@@ -121,9 +148,9 @@ type Config struct {
 	// so that what is still under way has arrived where it is looked for; 3 s by
 	// default.
 	Settle time.Duration
-	// GiveUp is how long a request is over before its last state is no longer
-	// told to a destination that is still down; 7 days by default. Of a request
-	// that is not over, telling is never given up.
+	// GiveUp is how long a request is over, or the last change of a passkey lies
+	// back, before it is no longer told to a destination that is still down; 7 days
+	// by default. Of a request that is not over, telling is never given up.
 	GiveUp  time.Duration
 	Timeout time.Duration    // of one attempt; 15 s by default
 	Now     func() time.Time // time.Now by default
@@ -139,9 +166,11 @@ type Outbox struct {
 	tasks  sync.WaitGroup
 }
 
-// schema. want and have are Versions. doubt_first and doubt_last are set while
+// schema. approval is the approval's ID, or ofPasskey and the enrolment's. want
+// and have are Versions. doubt_first and doubt_last are set while
 // place is empty and an attempt has begun: both are Unix milliseconds, as are
-// next (not before) and over (when the request was first seen to be over).
+// next (not before) and over (when the request was first seen to be over, or the
+// passkey last changed).
 const schema = `CREATE TABLE IF NOT EXISTS deliveries (
 	approval    TEXT NOT NULL,
 	destination TEXT NOT NULL,
@@ -260,6 +289,11 @@ func (o *Outbox) follow(ctx context.Context, events <-chan approvals.Event) {
 				return
 			case e.Kind == approvals.EventResync || e.Request == nil && e.Approval != "":
 				reconcile()
+			case e.Passkey != nil:
+				if err := o.notePasskey(ctx, e.Passkey); err != nil && ctx.Err() == nil {
+					o.c.Log.Warn("a notification could not be kept; comparing with the record again", zap.Error(err))
+					again = time.After(o.c.MinWait)
+				}
 			case e.Request == nil:
 			default:
 				// Only with the event that asks is it certain that nobody was
@@ -273,8 +307,8 @@ func (o *Outbox) follow(ctx context.Context, events <-chan approvals.Event) {
 	}
 }
 
-// reconcile makes the rows that events did not: of what is pending, and of
-// what changed while nobody followed.
+// reconcile makes the rows that events did not: of what is pending, of what
+// changed while nobody followed, and of passkeys that changed of late.
 func (o *Outbox) reconcile(ctx context.Context) error {
 	f := approvals.Filter{State: approvals.StatePending, Limit: 200}
 	for {
@@ -312,7 +346,65 @@ func (o *Outbox) reconcile(ctx context.Context) error {
 			}
 		}
 	}
+	keys, err := o.c.Source.Passkeys(ctx, nil)
+	if err != nil {
+		return err
+	}
+	for i := range keys {
+		if err := o.notePasskey(ctx, &keys[i]); err != nil {
+			return err
+		}
+	}
 	return o.forget(ctx)
+}
+
+// notePasskey keeps what every destination should be told of k, unless it lies
+// back too far. A crash before the commit leaves the old row, which reconcile
+// corrects.
+func (o *Outbox) notePasskey(ctx context.Context, k *approvals.Passkey) error {
+	version, at := passkeyState(k)
+	if o.c.Now().Sub(at) >= o.c.GiveUp {
+		return nil
+	}
+	tx, err := o.db.BeginTx(ctx, nil)
+	if err != nil {
+		return err
+	}
+	defer tx.Rollback()
+	for _, s := range o.c.Senders {
+		if _, err := tx.ExecContext(ctx, `INSERT INTO deliveries (approval, destination, want, over) VALUES (?, ?, ?, ?)
+			ON CONFLICT DO UPDATE SET want = excluded.want, over = excluded.over`, ofPasskey+k.ID, s.Name(), version, at.UnixMilli()); err != nil {
+			return err
+		}
+	}
+	if err := tx.Commit(); err != nil {
+		return err
+	}
+	o.wakeAll()
+	return nil
+}
+
+// about reads what the row named id tells of, as it is now. The error is
+// approvals.ErrNotFound where there is no such thing.
+func (o *Outbox) about(ctx context.Context, id string) (*Delivery, error) {
+	enrolled, ok := strings.CutPrefix(id, ofPasskey)
+	if !ok {
+		r, err := o.c.Source.Get(ctx, id)
+		if err != nil {
+			return nil, err
+		}
+		return &Delivery{Request: r, Version: Version(r)}, nil
+	}
+	keys, err := o.c.Source.Passkeys(ctx, nil)
+	if err != nil {
+		return nil, err
+	}
+	for i := range keys {
+		if keys[i].ID == enrolled {
+			return &Delivery{Passkey: &keys[i], Version: PasskeyVersion(&keys[i])}, nil
+		}
+	}
+	return nil, approvals.ErrNotFound
 }
 
 func (o *Outbox) texts(ctx context.Context, query string) (list []string, err error) {
@@ -358,16 +450,21 @@ func (o *Outbox) note(ctx context.Context, r *approvals.Request, fresh bool) err
 	if err := tx.Commit(); err != nil {
 		return err
 	}
+	o.wakeAll()
+	return nil
+}
+
+func (o *Outbox) wakeAll() {
 	for _, c := range o.wake {
 		select {
 		case c <- struct{}{}:
 		default:
 		}
 	}
-	return nil
 }
 
-// forget removes rows of requests that are over for longer than GiveUp.
+// forget removes rows of requests that are over for longer than GiveUp, and of
+// passkeys that did not change for so long.
 func (o *Outbox) forget(ctx context.Context) error {
 	old := o.c.Now().Add(-o.c.GiveUp).UnixMilli()
 	var untold int
@@ -375,7 +472,7 @@ func (o *Outbox) forget(ctx context.Context) error {
 		return err
 	}
 	if untold > 0 {
-		o.c.Log.Error("notifications of requests that were over long ago were never delivered", zap.Int("count", untold))
+		o.c.Log.Error("notifications of what is over for long were never delivered", zap.Int("count", untold))
 	}
 	_, err := o.db.ExecContext(ctx, "DELETE FROM deliveries WHERE over > 0 AND over < ?", old)
 	return err
@@ -464,15 +561,15 @@ func (o *Outbox) due(ctx context.Context, destination string) (*row, time.Durati
 // and sends. After Send and before the last statement, a doubt and a message:
 // the next start looks, finds it, and sends no second.
 func (o *Outbox) attempt(ctx context.Context, s Sender, r *row) (down bool, after time.Duration, err error) {
-	req, err := o.c.Source.Get(ctx, r.approval)
+	d, err := o.about(ctx, r.approval)
 	if errors.Is(err, approvals.ErrNotFound) {
 		_, err = o.db.ExecContext(ctx, "DELETE FROM deliveries WHERE approval = ? AND destination = ?", r.approval, s.Name())
 		return false, 0, err
 	}
 	if err != nil {
-		return false, o.c.MinWait, fmt.Errorf("reading request %s: %w", r.approval, err)
+		return false, o.c.MinWait, fmt.Errorf("reading %s: %w", r.approval, err)
 	}
-	d := Delivery{Request: req, Version: Version(req), Place: r.place}
+	d.Place = r.place
 	now := o.c.Now().UnixMilli()
 	if r.place == "" {
 		first := r.first
@@ -490,14 +587,17 @@ func (o *Outbox) attempt(ctx context.Context, s Sender, r *row) (down bool, afte
 		}
 	}
 	sendCtx, cancel := context.WithTimeout(ctx, o.c.Timeout)
-	place, sendErr := s.Send(sendCtx, d)
+	place, sendErr := s.Send(sendCtx, *d)
 	cancel()
 	// Also when Close was called meanwhile: what is known is kept.
 	ctx = context.WithoutCancel(ctx)
 	if sendErr == nil {
 		over := int64(0)
-		if Final(req.Status) {
+		if d.Request != nil && Final(d.Request.Status) {
 			over = o.c.Now().UnixMilli()
+		}
+		if d.Passkey != nil {
+			place = "" // each state of a passkey is a message of its own
 		}
 		// Where an event changed want meanwhile, it stays and is due at once.
 		_, err := o.db.ExecContext(ctx, `UPDATE deliveries SET have = ?1, place = ?2, want = CASE WHEN want = ?3 THEN ?1 ELSE want END, doubt_first = 0, doubt_last = 0,
@@ -509,9 +609,9 @@ func (o *Outbox) attempt(ctx context.Context, s Sender, r *row) (down bool, afte
 	wait := o.backoff(r.tries)
 	var certain *Failure
 	switch {
-	case errors.Is(sendErr, ErrGone):
+	case errors.Is(sendErr, ErrGone) && d.Request != nil:
 		_, err = o.db.ExecContext(ctx, "UPDATE deliveries SET place = '', have = '', tries = ?, next = ?, doubt_first = ?, doubt_last = ? WHERE approval = ? AND destination = ?",
-			r.tries, o.c.Now().Add(wait).UnixMilli(), req.Asked.UnixMilli(), o.c.Now().UnixMilli(), r.approval, s.Name())
+			r.tries, o.c.Now().Add(wait).UnixMilli(), d.Request.Asked.UnixMilli(), o.c.Now().UnixMilli(), r.approval, s.Name())
 	case errors.As(sendErr, &certain):
 		wait = max(wait, certain.After)
 		down, after = certain.Down, certain.After

@@ -1,8 +1,10 @@
 package outbox
 
 import (
+	"bytes"
 	"context"
 	"errors"
+	"os"
 	"path/filepath"
 	"slices"
 	"sync"
@@ -17,6 +19,7 @@ import (
 type room struct {
 	mu     sync.Mutex
 	list   map[string]approvals.Request
+	keys   []approvals.Passkey
 	events chan approvals.Event
 	listed int // how often the list was read to its end
 }
@@ -51,6 +54,22 @@ func (r *room) Get(_ context.Context, id string) (*approvals.Request, error) {
 		return nil, approvals.ErrNotFound
 	}
 	return &x, nil
+}
+
+func (r *room) Passkeys(context.Context, *approvals.Person) ([]approvals.Passkey, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return slices.Clone(r.keys), nil
+}
+
+// key sets the one passkey, with an event where tell is set.
+func (r *room) key(k approvals.Passkey, tell bool) {
+	r.mu.Lock()
+	r.keys = []approvals.Passkey{k}
+	r.mu.Unlock()
+	if tell {
+		r.events <- approvals.Event{Kind: approvals.EventPasskey, Passkey: &k}
+	}
 }
 
 // List gives a page of one, so that paging is always gone through.
@@ -97,8 +116,14 @@ func (s *screen) Send(_ context.Context, d Delivery) (string, error) {
 	if s.shown == nil {
 		s.shown = map[string]string{}
 	}
-	s.shown[d.Request.ID] = d.Version
-	return "place-" + d.Request.ID, nil
+	var id string
+	if d.Passkey != nil {
+		id = d.Passkey.ID
+	} else {
+		id = d.Request.ID
+	}
+	s.shown[id] = d.Version
+	return "place-" + id, nil
 }
 
 func (s *screen) shows(id string) string {
@@ -296,6 +321,86 @@ func TestNothingIsSentInTheClear(t *testing.T) {
 	} {
 		if err := CheckURL(raw); (err == nil) != ok {
 			t.Errorf("%q: %v", raw, err)
+		}
+	}
+}
+
+func TestAPasskeyIsToldUntilItIsTakenAlsoAfterARestartAndOfEachStateOnce(t *testing.T) {
+	file, r, s, other := filepath.Join(t.TempDir(), "outbox.db"), newRoom(), &screen{name: "a"}, &screen{name: "b"}
+	down := true // guarded by s.mu
+	s.answer = func(Delivery, int) error {
+		if down {
+			return &Failure{Err: errors.New("down"), Down: true}
+		}
+		return nil
+	}
+	k := approvals.Passkey{ID: "k1", Person: "user:ana", Enrolled: time.Now()}
+	o := open(t, file, r, s, other)
+	r.key(k, true)
+	eventually(t, "tried", func() bool { return len(s.deliveries()) > 1 })
+	eventually(t, "told the other", func() bool { return other.shows("k1") == "enrolled" })
+	o.Close()
+	s.mu.Lock()
+	down = false
+	s.mu.Unlock()
+	o = open(t, file, r, s, other)
+	eventually(t, "told after the restart", func() bool { return s.shows("k1") == "enrolled" })
+	o.Close()
+	k.Active, k.Activated = true, time.Now()
+	r.key(k, false) // no event: the process was away
+	o = open(t, file, r, s, other)
+	eventually(t, "active", func() bool { return s.shows("k1") == "activated" && other.shows("k1") == "activated" })
+	k.Revoked = time.Now()
+	r.key(k, true)
+	eventually(t, "revoked", func() bool { return s.shows("k1") == "revoked" && other.shows("k1") == "revoked" })
+	eventually(t, "nothing waits", func() bool { n, err := o.Waiting(t.Context(), "a"); return err == nil && n == 0 })
+	if n := len(other.deliveries()); n != 3 {
+		t.Errorf("three states were told %d times", n)
+	}
+	for _, d := range s.deliveries() {
+		if d.Place != "" {
+			t.Errorf("a state of a passkey was to replace another: %+v", d)
+		}
+	}
+}
+
+func TestAPasskeyOfLongAgoIsNotToldAnew(t *testing.T) {
+	r, s := newRoom(), &screen{name: "a"}
+	r.key(approvals.Passkey{ID: "old", Person: "user:ana", Enrolled: time.Now().Add(-8 * 24 * time.Hour)}, false)
+	open(t, filepath.Join(t.TempDir(), "outbox.db"), r, s)
+	r.tell(approvals.EventRequested, "apr_1", store.StatusPending)
+	eventually(t, "asked", func() bool { return s.shows("apr_1") != "" })
+	if s.shows("old") != "" {
+		t.Error("a passkey enrolled 8 days ago is told when a file is new")
+	}
+}
+
+func TestNoTextOfARequestOrAPasskeyIsInTheFile(t *testing.T) {
+	const planted = "PLANTED-TEXT"
+	dir, r, s := t.TempDir(), newRoom(), &screen{name: "a"}
+	r.list["apr_1"] = approvals.Request{ID: "apr_1", Status: store.StatusPending, Asked: time.Now(), Reason: planted, Decisions: []approvals.Decided{{Person: planted, Reason: planted}}}
+	o := open(t, filepath.Join(dir, "outbox.db"), r, s)
+	r.key(approvals.Passkey{ID: "k1", Person: planted, Label: planted, Enrolled: time.Now()}, true)
+	eventually(t, "told", func() bool { return s.shows("apr_1") != "" && s.shows("k1") != "" })
+	read := func() (all []byte) {
+		files, err := os.ReadDir(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, f := range files {
+			b, err := os.ReadFile(filepath.Join(dir, f.Name()))
+			if err != nil {
+				t.Fatal(err)
+			}
+			all = append(all, b...)
+		}
+		return all
+	}
+	during := read()
+	o.Close()
+	for _, b := range [][]byte{during, read()} {
+		if !bytes.Contains(b, []byte("apr_1")) || bytes.Contains(b, []byte(planted)) {
+			t.Fatalf("the rows are not in the files, or a text is: %d bytes", len(b))
 		}
 	}
 }

@@ -45,6 +45,10 @@ func (p pendingRoom) List(context.Context, approvals.Filter) (out []approvals.Re
 	return out, "", nil
 }
 
+func (p pendingRoom) Passkeys(context.Context, *approvals.Person) ([]approvals.Passkey, error) {
+	return nil, nil
+}
+
 func (p pendingRoom) Subscribe() (<-chan approvals.Event, func()) {
 	return make(chan approvals.Event), func() {}
 }

@@ -163,8 +163,12 @@ func (s *Slack) Close() error {
 // Name implements outbox.Sender.
 func (s *Slack) Name() string { return "slack" }
 
-// Send implements outbox.Sender: one message per request, changed in place.
+// Send implements outbox.Sender: one message per request, changed in place; and
+// one to a passkey's owner for each state of it.
 func (s *Slack) Send(ctx context.Context, d outbox.Delivery) (string, error) {
+	if d.Passkey != nil {
+		return "", s.tellOwner(ctx, d.Passkey, d.Version)
+	}
 	r := d.Request
 	channel, ts, ok := strings.Cut(d.Place, " ")
 	if !ok && d.Doubt != nil {
@@ -331,20 +335,26 @@ func (s *Slack) Check(ctx context.Context) error {
 	return nil
 }
 
-// Tell sends text to p's linked account, once and without a second attempt. It
-// returns ErrNoLink where p has none.
-func (s *Slack) Tell(ctx context.Context, p approvals.Person, text string) error {
-	a, ok := s.Linked(p)
+// tellOwner tells a person in the linked account what happened to a passkey in
+// their name, so that one which they did not enrol themselves is noticed. Where
+// they have linked none, there is nobody to tell. After an answer that was lost
+// it is told a second time: better than never.
+func (s *Slack) tellOwner(ctx context.Context, k *approvals.Passkey, is string) error {
+	a, ok := s.Linked(approvals.Person{Name: k.Person})
 	if !ok {
-		return ErrNoLink
+		return nil
 	}
-	text, _ = join(escape(text), maxField)
+	text, _ := join(escape(fmt.Sprintf("A passkey in your name was %s at the approval page: %q. If that was not you, revoke it there and tell your security team.", is, k.Label)), maxField)
 	_, _, err := s.api.PostMessageContext(ctx, a.User, slackgo.MsgOptionText(text, false),
 		slackgo.MsgOptionBlocks(slackgo.NewSectionBlock(plain(text), nil, nil)), slackgo.MsgOptionDisableMarkdown())
-	if err != nil {
-		return fmt.Errorf("telling %s in Slack: %w", p.Name, err)
+	switch {
+	case err == nil:
+		return nil
+	case isSlack(err, "channel_not_found", "user_not_found", "user_disabled", "user_not_visible", "messages_tab_disabled", "cannot_dm_bot"):
+		// This person alone; requests are shown in the channel all the same.
+		return &outbox.Failure{Err: fmt.Errorf("telling %s: %w", k.Person, err)}
 	}
-	return nil
+	return classify(err)
 }
 
 // entry begins an entry in the recorder's own name.

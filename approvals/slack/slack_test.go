@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/countersign-dev/countersign/approvals"
+	"github.com/countersign-dev/countersign/approvals/outbox"
 	"github.com/countersign-dev/countersign/approvals/slack/slacktest"
 	"github.com/countersign-dev/countersign/store"
 	"github.com/countersign-dev/countersign/store/ledger"
@@ -533,17 +534,29 @@ func TestTheLookForSentMessagesGoesThroughAllPages(t *testing.T) {
 	}
 }
 
-func TestAPersonIsToldInTheLinkedAccountAlone(t *testing.T) {
+func TestAPersonIsToldOfAPasskeyInTheLinkedAccountAlone(t *testing.T) {
 	w := newWorld(t)
-	if err := w.slack.Tell(t.Context(), ana, "x"); !errors.Is(err, ErrNoLink) {
-		t.Fatal(err)
+	d := outbox.Delivery{Passkey: &approvals.Passkey{ID: "k1", Person: ana.Name, Label: "my <key>", Enrolled: time.Now()}, Version: "enrolled"}
+	if _, err := w.slack.Send(t.Context(), d); err != nil || len(w.double.Messages()) != 0 {
+		t.Fatalf("somebody was told of a key whose owner linked nothing: %v", err)
 	}
 	w.link("U0ANA", ana)
-	if err := w.slack.Tell(t.Context(), ana, "A passkey <was> enrolled"); err != nil {
+	if _, err := w.slack.Send(t.Context(), d); err != nil {
 		t.Fatal(err)
 	}
-	if m := w.double.Messages(); len(m) != 1 || m[0].Channel != "U0ANA" || m[0].Text != "A passkey &lt;was&gt; enrolled" {
+	if m := w.double.Messages(); len(m) != 1 || m[0].Channel != "U0ANA" || !strings.Contains(m[0].Text, `"my &lt;key&gt;"`) {
 		t.Fatalf("%+v", m)
+	}
+}
+
+func TestAnOwnerWhoCannotBeToldKeepsNoRequestFromTheChannel(t *testing.T) {
+	w := newWorld(t)
+	w.link("U0ANA", ana)
+	w.double.Fail("chat.postMessage", slacktest.Failure{Error: "channel_not_found"})
+	var f *outbox.Failure
+	_, err := w.slack.Send(t.Context(), outbox.Delivery{Passkey: &approvals.Passkey{ID: "k1", Person: ana.Name}, Version: "revoked"})
+	if !errors.As(err, &f) || f.Down {
+		t.Fatalf("%v: Slack as a whole is taken to be down", err)
 	}
 }
 

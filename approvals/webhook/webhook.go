@@ -1,4 +1,5 @@
-// Package webhook tells endpoints of the operator's about approvals, signed as
+// Package webhook tells endpoints of the operator's about approvals and people's
+// passkeys, signed as
 // Standard Webhooks has it (https://www.standardwebhooks.com), for everything
 // that is not Slack.
 //
@@ -90,19 +91,23 @@ func (e *Endpoint) Name() string { return "webhook:" + e.c.Name }
 
 // Message is the body of a webhook.
 type Message struct {
-	Type      string    `json:"type"`      // approval.requested, .decided, .approved, .denied, .expired, .withdrawn, .void, .issued, .failed, .closed
+	Type      string    `json:"type"`      // approval.requested, .decided, .approved, .denied, .expired, .withdrawn, .void, .issued, .failed, .closed; passkey.enrolled, .activated, .revoked
 	Timestamp time.Time `json:"timestamp"` // of this attempt
 	Data      Data      `json:"data"`
 }
 
-// Data is what a message is about.
+// Data is what a message is about: one of both.
 type Data struct {
-	Approval *approvals.Request `json:"approval"` // as GET /approvals/{id} gives it
+	Approval *approvals.Request `json:"approval,omitzero"` // as GET /approvals/{id} gives it
+	Passkey  *approvals.Passkey `json:"passkey,omitzero"`  // as GET /passkeys gives it
 }
 
 // kind is the message's type.
-func kind(r *approvals.Request) string {
+func kind(d outbox.Delivery) string {
+	r := d.Request
 	switch {
+	case r == nil:
+		return "passkey." + d.Version
 	case r.Status == store.StatusPending && len(r.Decisions) == 0:
 		return "approval.requested"
 	case r.Status == store.StatusPending:
@@ -118,7 +123,7 @@ func (e *Endpoint) Send(ctx context.Context, d outbox.Delivery) (string, error) 
 		return "", &outbox.Failure{Err: err, After: after, Down: true}
 	}
 	now := e.c.Now()
-	body, err := json.Marshal(Message{Type: kind(d.Request), Timestamp: now.UTC(), Data: Data{Approval: d.Request}}, json.Deterministic(true))
+	body, err := json.Marshal(Message{Type: kind(d), Timestamp: now.UTC(), Data: Data{Approval: d.Request, Passkey: d.Passkey}}, json.Deterministic(true))
 	if err != nil {
 		return "", &outbox.Failure{Err: fmt.Errorf("webhook %s: %w", e.c.Name, err)}
 	}
@@ -126,7 +131,13 @@ func (e *Endpoint) Send(ctx context.Context, d outbox.Delivery) (string, error) 
 	if err != nil {
 		return fail(fmt.Errorf("webhook %s: the address cannot be used", e.c.Name), 0)
 	}
-	id := d.Request.ID + "-" + strings.ReplaceAll(d.Version, "/", "-") // no dot: dots part what is signed
+	var about string
+	if d.Request != nil {
+		about = d.Request.ID
+	} else {
+		about = d.Passkey.ID
+	}
+	id := about + "-" + strings.ReplaceAll(d.Version, "/", "-") // no dot: dots part what is signed
 	var signatures []string
 	for _, k := range e.keys {
 		s, err := k.Sign(id, now, body)

@@ -139,12 +139,34 @@ func TestAnErrorNamesNoAddress(t *testing.T) {
 	}
 }
 
+func TestPasskeysAreToldWithTypesOfTheirOwn(t *testing.T) {
+	e := newEndpoint(t)
+	h := newHook(t, e.URL)
+	k := &approvals.Passkey{ID: "0190a6e0-0000-7000-8000-000000000001", Person: "user:ana", Label: "laptop", Enrolled: time.Now()}
+	for _, change := range []func(){func() {}, func() { k.Active, k.Activated = true, time.Now() }, func() { k.Revoked = time.Now() }} {
+		change()
+		if _, err := h.Send(t.Context(), outbox.Delivery{Passkey: k, Version: outbox.PasskeyVersion(k)}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	e.check(t)
+	for i, want := range []string{"enrolled", "activated", "revoked"} {
+		m := e.got[i]
+		if m.Type != "passkey."+want || m.Data.Passkey == nil || m.Data.Passkey.Person != "user:ana" || m.Data.Approval != nil || e.ids[i] != k.ID+"-"+want {
+			t.Errorf("%s: %s under %q", want, e.raw[i], e.ids[i])
+		}
+	}
+}
+
 // room has one request.
 type room struct{ r *approvals.Request }
 
 func (r room) Get(context.Context, string) (*approvals.Request, error) { return r.r, nil }
 func (r room) List(context.Context, approvals.Filter) ([]approvals.Request, string, error) {
 	return []approvals.Request{*r.r}, "", nil
+}
+func (r room) Passkeys(context.Context, *approvals.Person) ([]approvals.Passkey, error) {
+	return nil, nil
 }
 func (r room) Subscribe() (<-chan approvals.Event, func()) {
 	return make(chan approvals.Event), func() {}

@@ -184,7 +184,6 @@ type decisions struct {
 	server    *approve.Server
 	slack     *slack.Slack   // nil: no Slack
 	outbox    *outbox.Outbox // nil: nobody is told
-	tell      func()         // ends telling people of their passkeys
 }
 
 // openDecisions opens the pages and calls of people who decide.
@@ -286,7 +285,6 @@ func (d *decisions) openNotices(ctx context.Context, o *peopleOptions, p *people
 		return err
 	}
 	if d.slack != nil {
-		d.tellOwners(o.log)
 		go func() { // Slack may be down; nobody waits for it
 			ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
 			defer cancel()
@@ -296,36 +294,6 @@ func (d *decisions) openNotices(ctx context.Context, o *peopleOptions, p *people
 		}()
 	}
 	return nil
-}
-
-// tellOwners tells people in Slack what happens to their passkeys, so that one
-// which they did not enrol themselves is noticed.
-func (d *decisions) tellOwners(log *zap.Logger) {
-	events, stop := d.approvals.Subscribe()
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		for e := range events {
-			if e.Kind != approvals.EventPasskey || e.Passkey == nil {
-				continue
-			}
-			k := e.Passkey
-			is := "enrolled"
-			switch {
-			case !k.Revoked.IsZero():
-				is = "revoked"
-			case k.Active:
-				is = "active"
-			}
-			text := fmt.Sprintf("A passkey in your name is %s at the approval page: %q. If that was not you, revoke it there and tell your security team.", is, k.Label)
-			ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
-			if err := d.slack.Tell(ctx, approvals.Person{Name: k.Person}, text); err != nil {
-				log.Warn("a person was not told of a passkey", zap.String("passkey", k.ID), zap.Error(err))
-			}
-			cancel()
-		}
-	}()
-	d.tell = func() { stop(); <-done }
 }
 
 // message is the address of the Slack message about an approval.
@@ -340,9 +308,6 @@ func (d *decisions) message(ctx context.Context, approval string) string {
 func (d *decisions) close(log *zap.Logger) {
 	if d == nil {
 		return
-	}
-	if d.tell != nil {
-		d.tell()
 	}
 	if d.outbox != nil {
 		if err := d.outbox.Close(); err != nil {
