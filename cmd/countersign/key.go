@@ -25,7 +25,7 @@ func keyCommand() *cobra.Command {
 func keyGenerateCommand() *cobra.Command {
 	var out, name, alg string
 	cmd := &cobra.Command{
-		Use:   "generate log|identity|privacy --out FILE",
+		Use:   "generate log|identity|privacy|witness --out FILE",
 		Short: "Make a key in a new file of mode 0600",
 		Long: `Make a key and write it to a new file of mode 0600. The public part, where
 there is one, is printed.
@@ -35,12 +35,16 @@ there is one, is printed.
   identity  the broker signs step identity tokens with it; --alg says how
   privacy   brokers and recorder share it; names in the ledger are pseudonyms
             under it, so losing it loses who is who, and leaking it lets a leaf
-            be searched for a known name`,
+            be searched for a known name
+  witness   a witness cosigns checkpoints with it (C2SP tlog-cosignature,
+            Ed25519); its printed verifier key goes to those who run a log and
+            those who verify one`,
 		Example: `  countersign key generate log --name ledger.example.com/main --out log.key
   countersign key generate identity --alg ES256 --out identity.key
-  countersign key generate privacy --out privacy.key`,
+  countersign key generate privacy --out privacy.key
+  countersign key generate witness --name witness.example.com/w1 --out witness.key`,
 		Args:      cobra.MatchAll(cobra.ExactArgs(1), cobra.OnlyValidArgs),
-		ValidArgs: []string{"log", "identity", "privacy"},
+		ValidArgs: []string{"log", "identity", "privacy", "witness"},
 		RunE: func(cmd *cobra.Command, args []string) error {
 			var secret, public string
 			var err error
@@ -53,6 +57,13 @@ there is one, is printed.
 				}
 				if secret, err = generateLogKey(name); err == nil {
 					public, err = logVerifierKey(secret)
+				}
+			case "witness":
+				if name == "" {
+					return errors.New("a witness needs a name that no other has: add --name, such as --name witness.example.com/w1")
+				}
+				if secret, err = generateWitnessKey(name); err == nil {
+					public, err = publicPart(secret)
 				}
 			case "privacy":
 				secret = generatePrivacyKey()
@@ -70,7 +81,7 @@ there is one, is printed.
 		},
 	}
 	cmd.Flags().StringVar(&out, "out", "", "file to create")
-	cmd.Flags().StringVar(&name, "name", "", "the log's name (origin), a URL without scheme that you own")
+	cmd.Flags().StringVar(&name, "name", "", "the log's name (origin) or the witness's, a URL without scheme that you own")
 	algorithmFlag(cmd, &alg)
 	_ = cmd.MarkFlagRequired("out")
 	return cmd
@@ -103,11 +114,14 @@ func keyShowCommand() *cobra.Command {
 func publicPart(text string) (string, error) {
 	switch {
 	case strings.HasPrefix(text, "PRIVATE+KEY+"):
+		if w, err := parseWitnessKey(text); err == nil {
+			return w.Verifier().String(), nil
+		}
 		return logVerifierKey(text)
 	case strings.HasPrefix(text, "privacy-key-v1:"):
 		return "", errors.New("a privacy key has no public part")
 	}
-	return "", errors.New("neither a log key, an identity key nor a privacy key; make one with `countersign key generate`")
+	return "", errors.New("neither a key of a log or witness, an identity key nor a privacy key; make one with `countersign key generate`")
 }
 
 func keyRotateCommand() *cobra.Command {
