@@ -21,7 +21,7 @@ var styleText string
 // page escapes by context (html/template): whatever requesters and people wrote
 // comes to it as plain strings.
 var page = template.Must(template.Must(template.New("report").Funcs(template.FuncMap{
-	"pieces": pieces, "plain": plain, "number": number, "count": count,
+	"pieces": pieces, "plain": plain, "moment": moment, "number": number, "count": count,
 }).Parse(pageText)).New("style").Parse(styleText))
 
 // Write writes the report as one HTML page that needs nothing else. It may be
@@ -105,9 +105,10 @@ type rowView struct {
 
 // cell has parts, one under the other.
 type cell struct {
-	Label string // the column, for narrow screens
-	Num   bool
-	Parts []*part
+	Label  string // the column, for narrow screens
+	Num    bool
+	Inline bool // its parts stand beside each other
+	Parts  []*part
 }
 
 type part struct {
@@ -123,8 +124,13 @@ func text(s string) *part  { return &part{Kind: "text", Text: s} }
 func quiet(s string) *part { return &part{Kind: "quiet", Text: s} }
 func code(s string) *part  { return &part{Kind: "code", Text: s} }
 func ref(n int64) *part    { return &part{Kind: "ref", N: n} }
-func when(t store.Time) *part {
-	return &part{Kind: "time", Text: clock(t), Href: t.String()}
+
+// when is t, its day above its hour.
+func when(t store.Time) []*part {
+	if t.IsZero() {
+		return []*part{quiet("not said")}
+	}
+	return []*part{{Kind: "time", Text: t.UTC().Format("2 Jan 2006"), Href: t.String()}, quiet(t.UTC().Format("15:04:05 UTC"))}
 }
 func tag(s, tone string) *part         { return &part{Kind: "tag", Text: s, Tone: tone} }
 func quote(label string, s said) *part { return &part{Kind: "said", Text: label, Said: s} }
@@ -134,7 +140,7 @@ func entries(first, last int64) cell {
 	if first == last {
 		return cells(ref(first))
 	}
-	return cells(ref(first), quiet("to"), ref(last))
+	return cell{Inline: true, Parts: []*part{ref(first), quiet(" to "), ref(last)}}
 }
 
 func (t *tableView) add(id string, cells ...cell) {
@@ -234,6 +240,14 @@ func plural(n, one, many string) string {
 	return many
 }
 
+// moment is a time of Meta for people, or s itself where it is none.
+func moment(s string) string {
+	if t := parseTime(s); !t.IsZero() {
+		return clock(t)
+	}
+	return s
+}
+
 func parseTime(s string) store.Time {
 	var t store.Time
 	if t.UnmarshalText([]byte(s)) != nil {
@@ -307,7 +321,7 @@ func (r *Report) identitySection(v *view) {
 		if s.at != s.index {
 			out.Parts = append(out.Parts, ref(s.at))
 		}
-		t.add(fmt.Sprintf("step-%d", s.index), cells(ref(s.index)), cells(when(s.time)), cells(who(s.orchestrator, s.run, s.step)...), id, cells(scopeAt(s.scope, s.target)...), subject, out)
+		t.add(fmt.Sprintf("step-%d", s.index), cells(ref(s.index)), cells(when(s.time)...), cells(who(s.orchestrator, s.run, s.step)...), id, cells(scopeAt(s.scope, s.target)...), subject, out)
 	}
 	v.Steps = t.first(r.steps.n, "steps.csv, one row per request, identity in the column of that name")
 }
@@ -360,7 +374,7 @@ func (r *Report) reachedSection(v *view) {
 				claim.Parts = append(claim.Parts, quote("", c.summary))
 			}
 		}
-		t.add(fmt.Sprintf("credential-%d", c.index), cells(ref(c.index)), cells(when(c.time)), cells(who(c.orchestrator, c.run, c.step)...),
+		t.add(fmt.Sprintf("credential-%d", c.index), cells(ref(c.index)), cells(when(c.time)...), cells(who(c.orchestrator, c.run, c.step)...),
 			cells(append(scopeAt(c.scope, c.target), quiet(kind))...), life, seen, claim)
 	}
 	v.Issued = t.first(r.credentials.n, "steps.csv, every use in uses.csv")
@@ -405,7 +419,7 @@ func (r *Report) approvedSection(v *view) {
 		if a.outcomeAt != a.index {
 			out.Parts = append(out.Parts, ref(a.outcomeAt))
 		}
-		t.add(fmt.Sprintf("approval-%d", a.index), cells(ref(a.index)), cells(when(a.time)), cells(scopeAt(a.scope, a.target)...), asker, people, cells(text(a.rule)), out)
+		t.add(fmt.Sprintf("approval-%d", a.index), cells(ref(a.index)), cells(when(a.time)...), cells(scopeAt(a.scope, a.target)...), asker, people, cells(text(a.rule)), out)
 	}
 	v.Approvals = t
 	if v.Decided.Asked > int64(len(t.Rows)) {
@@ -424,7 +438,7 @@ func (r *Report) approvedSection(v *view) {
 	}
 	v.Scopes = t
 
-	t = &tableView{ID: "rules", Caption: "Who could approve: the rules as they stood in each request",
+	t = &tableView{ID: "rules", Caption: "The rules, as they stood in each request",
 		Head: []string{"Scope", "Rule", "Requests", "Entries"}}
 	for i, k := range r.rules.sorted(func(*ruleSum) int64 { return 0 }, func(a, b ruleKey) int {
 		return cmp.Or(cmp.Compare(a.scope, b.scope), cmp.Compare(r.rules.sums[a].first, r.rules.sums[b].first), cmp.Compare(a.rule, b.rule))
@@ -492,7 +506,7 @@ func events(id, caption string, l list[*eventRow], where string) *tableView {
 		for _, d := range e.detail {
 			more.Parts = append(more.Parts, text(d.Label+": "+d.Text))
 		}
-		t.add(fmt.Sprintf("%s-%d", id, e.index), cells(ref(e.index)), cells(when(e.time)), what, cells(text(e.who)), more)
+		t.add(fmt.Sprintf("%s-%d", id, e.index), cells(ref(e.index)), cells(when(e.time)...), what, cells(text(e.who)), more)
 	}
 	if inWindow < l.n {
 		t.Note = fmt.Sprintf("The first %s of %s in this window are shown. All are in %s.", number(inWindow), number(l.n), where)
@@ -542,7 +556,7 @@ func (r *Report) exceptionSection(v *view) {
 			if row.said != (said{}) {
 				why.Parts = append(why.Parts, quote("", row.said))
 			}
-			t.add(fmt.Sprintf("x-%s-%d", w.slug, row.index), cells(ref(row.index)), cells(when(row.time)), by, cells(scopeAt(row.scope, row.target)...), why)
+			t.add(fmt.Sprintf("x-%s-%d", w.slug, row.index), cells(ref(row.index)), cells(when(row.time)...), by, cells(scopeAt(row.scope, row.target)...), why)
 		}
 		n := x.n
 		if k == refused { // a row may stand for several
@@ -571,7 +585,7 @@ func (r *Report) exceptionSection(v *view) {
 		for _, d := range e.detail {
 			what.Parts = append(what.Parts, text(d.Label+": "+d.Text))
 		}
-		erased.Table.add(fmt.Sprintf("x-erased-%d", e.index), cells(ref(e.index)), cells(when(e.time)), what)
+		erased.Table.add(fmt.Sprintf("x-erased-%d", e.index), cells(ref(e.index)), cells(when(e.time)...), what)
 	}
 	v.Exceptions = append(v.Exceptions, gone, erased)
 	order := map[string]int{"bad": 0, "warn": 1, "calm": 2}

@@ -240,6 +240,7 @@ func eventful(t testing.TB) *book {
 	s.end(store.RequestVoid, "request-changed")
 	s = b.ask(20, "release", "orders-db:write", "postgres://orders", store.NeedsApproval, "Not needed after all", nil).people(dba, "Not needed after all")
 	s.end(store.RequestWithdrawn, "requested")
+	b.ask(22, "release", "vault:read", "vault:secret", store.Allow, "Read a setting", nil).issue().finish("succeeded", "read, as I say myself").end(store.CredentialRevoked, "step finished")
 	e := s.e
 	e.Type, e.Agent, e.Request, e.Decision = store.StepRequested, "spiffe://example.org/orchestrator/release", "req_0021", &store.Decision{Outcome: store.Allow}
 	b.add(e, store.RequestedDetails{}, map[string]string{store.SealedReason: "With the orchestrator's own name"})
@@ -383,7 +384,7 @@ func TestEveryKindOfExceptionIsFoundAndCounted(t *testing.T) {
 		"One credential on record twice":                     "1",
 		"Used after revocation or end":                       "1",
 		"Uses of a credential whose issuance is not at hand": "1",
-		"Claimed but not observed":                           "none", // step 13's use came late, step 15's is of an unknown credential
+		"Claimed but not observed":                           "1", // step 13's use came late, step 15's is of an unknown credential
 		"Denied":                                             "2",
 		"Refused access":                                     "43",
 		"Alerts":                                             "1",
@@ -575,8 +576,9 @@ func poison(e *store.Entry, i int) {
 	e.Details = jsontext.Value(d)
 }
 
-func TestHostileTextsAreShownAndNeverTakenForMarkup(t *testing.T) {
-	plain, b := eventful(t), eventful(t)
+// hostilePage is eventful with every text hostile.
+func hostilePage(t *testing.T) []byte {
+	b := eventful(t)
 	for i, l := range b.entries {
 		poison(l.e, i)
 		for field := range l.opened {
@@ -596,6 +598,11 @@ func TestHostileTextsAreShownAndNeverTakenForMarkup(t *testing.T) {
 	if err := r.Write(&out, m); err != nil {
 		t.Fatal(err)
 	}
+	return out.Bytes()
+}
+
+func TestHostileTextsAreShownAndNeverTakenForMarkup(t *testing.T) {
+	plain, page := eventful(t), hostilePage(t)
 	known := map[string]bool{}
 	for n := range parse(t, plain.report()).Descendants() {
 		if n.Type == html.ElementNode {
@@ -603,7 +610,7 @@ func TestHostileTextsAreShownAndNeverTakenForMarkup(t *testing.T) {
 		}
 	}
 	shown := 0
-	for n := range parse(t, out.Bytes()).Descendants() {
+	for n := range parse(t, page).Descendants() {
 		switch n.Type {
 		case html.ElementNode:
 			if !known[n.Data] {
@@ -624,7 +631,7 @@ func TestHostileTextsAreShownAndNeverTakenForMarkup(t *testing.T) {
 	if shown < 200 {
 		t.Errorf("the hostile text is shown %d times", shown)
 	}
-	body := out.String()
+	body := string(page)
 	for i, c := range body {
 		if c == unicode.ReplacementChar || unicode.In(c, unicode.Cf) || unicode.IsControl(c) && c != '\n' && c != '\t' {
 			t.Fatalf("U+%04X stands in the page as it is: %q", c, body[max(0, i-60):i])
