@@ -17,6 +17,7 @@ import (
 	"github.com/goccy/go-yaml"
 
 	"github.com/countersign-dev/countersign/api/auth"
+	"github.com/countersign-dev/countersign/store/siem"
 )
 
 // serveConfig is the file of `countersign serve`. Every secret is named by
@@ -56,7 +57,13 @@ type recordConfig struct {
 	Recheck     time.Duration `yaml:"recheck"`      // pause between background passes over the whole log
 	Drain       time.Duration `yaml:"drain"`
 
-	Approval *approvalConfig `yaml:"approval"` // none: nobody is asked for an approval
+	Postgres string `yaml:"postgres_file"` // file that holds the DSN of a ledger in PostgreSQL; none: SQLite in dir
+	Standby  bool   `yaml:"standby"`       // wait for the recorder that has the ledger open in PostgreSQL, and take over
+
+	Approval  *approvalConfig  `yaml:"approval"`  // none: nobody is asked for an approval
+	Witnesses *witnessesConfig `yaml:"witnesses"` // none: checkpoints are published at once
+	Keep      *keepConfig      `yaml:"keep"`      // none: checkpoints are kept nowhere else
+	SIEM      siem.Config      `yaml:"siem"`      // none: nothing is pushed
 }
 
 type listenConfig struct {
@@ -168,6 +175,22 @@ func (c *recordConfig) check() error {
 		if err := c.Approval.check(); err != nil {
 			return err
 		}
+	}
+	if c.Standby && c.Postgres == "" {
+		return errors.New("standby: a recorder stands by where the ledger lies in PostgreSQL alone: set postgres_file")
+	}
+	if c.Witnesses != nil {
+		if err := c.Witnesses.check(); err != nil {
+			return err
+		}
+	}
+	if c.Keep != nil {
+		if err := c.Keep.check(); err != nil {
+			return err
+		}
+	}
+	if err := c.SIEM.Check(); err != nil {
+		return err
 	}
 	return due([][2]string{{"dir", c.Dir}, {"log_key", c.LogKey}, {"privacy_key", c.PrivacyKey}, {"tokens", c.Tokens}})
 }

@@ -8,10 +8,12 @@ import (
 	"net"
 	"net/http"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/spf13/cobra"
 	"go.uber.org/zap"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/countersign-dev/countersign/api/auth"
 	"github.com/countersign-dev/countersign/api/problem"
@@ -19,6 +21,7 @@ import (
 	"github.com/countersign-dev/countersign/api/review"
 	"github.com/countersign-dev/countersign/api/server"
 	"github.com/countersign-dev/countersign/store/ledger"
+	"github.com/countersign-dev/countersign/store/siem"
 )
 
 func recordCommand() *cobra.Command {
@@ -60,17 +63,12 @@ func runRecord(ctx context.Context, c *recordConfig, log *zap.Logger) error {
 	if err != nil {
 		return err
 	}
-	p, err := openPeople(ctx, o)
-	if err != nil {
-		return err
-	}
-	defer p.close()
 	l, err := net.Listen("tcp", c.Listen.Addr)
 	if err != nil {
 		return fmt.Errorf("listen.addr: %w", err)
 	}
-	log.Info("recording", zap.Stringer("addr", l.Addr()), zap.Bool("tls", tls != nil),
-		zap.String("log", o.ledger.Signer.Name()), zap.Int64("entries", p.ledger.Size()), zap.String("version", buildVersion()))
+	log.Info("recorder", zap.Stringer("addr", l.Addr()), zap.Bool("tls", tls != nil),
+		zap.String("log", o.ledger.Signer.Name()), zap.String("version", buildVersion()))
 	stop := onHangup(func() {
 		if o.approval == nil {
 			log.Info("nothing to reload: token files are read again whenever they change")
@@ -81,7 +79,95 @@ func runRecord(ctx context.Context, c *recordConfig, log *zap.Logger) error {
 		}
 	})
 	defer stop()
-	return p.serve(ctx, l, tls, c.Drain)
+	return recordOn(ctx, l, tls, o, c.Drain)
+}
+
+// recordOn answers on l until ctx ends: as the recorder while the ledger is
+// open, and else with 503, as one that stands by for another or waits for its
+// database. Once the ledger is lost with its connection, it is opened again from
+// the start, with every check: another recorder may have written since.
+func recordOn(ctx context.Context, l net.Listener, t *tls.Config, o *peopleOptions, drain time.Duration) error {
+	group, ctx := errgroup.WithContext(ctx)
+	h := &standby{log: o.log, served: make(chan struct{})}
+	h.set(nil)
+	group.Go(func() error {
+		defer close(h.served)
+		return server.Serve(ctx, l, server.Config{Handler: h, TLS: t, Log: o.log, Drain: drain})
+	})
+	group.Go(func() error {
+		for {
+			err := h.record(ctx, o)
+			if ctx.Err() != nil {
+				return nil
+			}
+			if !o.ledger.Standby || !errors.Is(err, ledger.ErrLost) {
+				if err == nil {
+					err = errors.New("the recorder stopped")
+				}
+				return err
+			}
+			o.log.Error("the ledger is lost, and opened again", zap.Error(err))
+			select { // an answer of the database at once may be the same again
+			case <-time.After(time.Second):
+			case <-ctx.Done():
+				return nil
+			}
+		}
+	})
+	return group.Wait()
+}
+
+// standby is the handler of a recorder's listener: the recorder that is open,
+// or, while none is, one that says so.
+type standby struct {
+	log     *zap.Logger
+	served  chan struct{} // closed when the listener's last call was answered
+	current atomic.Pointer[http.Handler]
+	waiting http.Handler
+}
+
+// set has h answer from now on, or, with nil, that nobody is recording here.
+func (s *standby) set(h http.Handler) {
+	if h == nil {
+		if s.waiting == nil {
+			r := server.NewRouter(s.log.Named("api"), server.MaxBody)
+			away := func(w http.ResponseWriter, r *http.Request) {
+				problem.Write(w, r, problem.LedgerUnavailable().Because(errors.New("this recorder stands by")))
+			}
+			r.Get("/healthz", ok)
+			r.NotFound(away)
+			r.MethodNotAllowed(away)
+			s.waiting = r
+		}
+		h = s.waiting
+	}
+	s.current.Store(&h)
+}
+
+func (s *standby) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	(*s.current.Load()).ServeHTTP(w, r)
+}
+
+// record opens the recorder and has it answer until ctx ends or its ledger
+// stops. The error is why it stopped by itself.
+func (s *standby) record(ctx context.Context, o *peopleOptions) error {
+	p, err := openPeople(ctx, o)
+	if err != nil {
+		return err
+	}
+	defer p.close()
+	o.log.Info("recording", zap.Int64("entries", p.ledger.Size()))
+	s.set(p.handler)
+	select {
+	case <-ctx.Done():
+		p.drain()
+		<-s.served // p answers what is under way
+		return nil
+	case <-p.ledger.Done():
+		s.set(nil)
+		p.drain()
+		return p.ledger.Err()
+	}
 }
 
 // options resolves a configuration: it reads every file that it names.
@@ -90,9 +176,14 @@ func (c *recordConfig) options(log *zap.Logger) (*peopleOptions, error) {
 	o.ledger = ledger.Options{
 		Dir: c.Dir, HeadFile: c.HeadFile, KeysFile: c.KeysFile, Grace: c.Grace, PublishEvery: c.Publish,
 		CheckNewest: c.CheckNewest, RecheckEvery: c.Recheck,
-		Log: log.Named("ledger"),
+		Standby: c.Standby, Log: log.Named("ledger"),
 	}
 	var err error
+	if c.Postgres != "" {
+		if o.ledger.Postgres, err = readSecret(c.Postgres); err != nil {
+			return nil, fmt.Errorf("postgres_file: %w", err)
+		}
+	}
 	if o.ledger.Signer, o.ledger.Verifier, err = readLogKey(c.LogKey); err != nil {
 		return nil, err
 	}
@@ -112,6 +203,17 @@ func (c *recordConfig) options(log *zap.Logger) (*peopleOptions, error) {
 		// A log is named by a URL without scheme: its host is the house's own.
 		o.trustDomain, _, _ = strings.Cut(strings.ToLower(o.ledger.Signer.Name()), "/")
 	}
+	if c.Witnesses != nil {
+		if o.ledger.Publish, err = c.Witnesses.publish(o, c.Dir); err != nil {
+			return nil, err
+		}
+	}
+	if c.Keep != nil {
+		if o.keeping, err = c.Keep.open(c.Dir); err != nil {
+			return nil, err
+		}
+	}
+	o.siem = c.SIEM
 	return o, nil
 }
 
@@ -124,6 +226,8 @@ type peopleOptions struct {
 	certs       auth.Certs
 	public      bool             // checkpoint and hash tiles are for anyone
 	approval    *approvalOptions // nil: nobody is asked for an approval
+	keeping     *keeping         // nil: checkpoints are kept nowhere else
+	siem        siem.Config      // where events are pushed
 	log         *zap.Logger
 }
 
@@ -136,7 +240,9 @@ type people struct {
 	self      record.Self // appends in the recorder's own name
 	refusals  *auth.Refusals
 	writers   *record.Server
-	decisions *decisions // nil: nobody is asked for an approval
+	decisions *decisions   // nil: nobody is asked for an approval
+	pusher    *siem.Pusher // nil: nothing is pushed
+	unkeep    func()       // ends the keeping of checkpoints
 	handler   http.Handler
 	log       *zap.Logger
 }
@@ -180,6 +286,13 @@ func openPeople(ctx context.Context, o *peopleOptions) (*people, error) {
 		}
 	})
 	p.handler = r
+	if p.unkeep, err = o.keeping.start(o.ledger.Signer.Name(), l, o.log); err == nil {
+		p.pusher, err = openSIEM(ctx, o.siem, o.ledger.Dir, o.ledger.Signer.Name(), l, o.log.Named("siem"))
+	}
+	if err != nil {
+		p.close()
+		return nil, err
+	}
 	return p, nil
 }
 
@@ -216,16 +329,27 @@ func (p *people) serve(ctx context.Context, l net.Listener, t *tls.Config, drain
 		case <-ctx.Done():
 		}
 	}()
-	stop := context.AfterFunc(ctx, func() {
-		p.writers.Drain()
-		p.decisions.drain()
-	})
+	stop := context.AfterFunc(ctx, p.drain)
 	defer stop()
 	err := server.Serve(ctx, l, server.Config{Handler: p.handler, TLS: t, Log: p.log, Drain: drain})
 	return errors.Join(p.ledger.Err(), err)
 }
 
+// drain ends what streams, so that a listener can shut down.
+func (p *people) drain() {
+	p.writers.Drain()
+	p.decisions.drain()
+}
+
 func (p *people) close() {
+	if p.unkeep != nil {
+		p.unkeep()
+	}
+	if p.pusher != nil {
+		if err := p.pusher.Close(); err != nil {
+			p.log.Error("the push to a SIEM did not close cleanly", zap.Error(err))
+		}
+	}
 	p.decisions.close(p.log)
 	p.refusals.Close()
 	if err := p.ledger.Close(); err != nil {
