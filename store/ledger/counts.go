@@ -180,7 +180,7 @@ func (x *Index) readOn(s *set, f filter, from, size int64) {
 			err := rows.Scan(&i)
 			batch = append(batch, uint64(i))
 			return err
-		}, "SELECT idx FROM entries WHERE "+f.column+" = $1 AND idx >= $2 AND idx < $3 ORDER BY idx LIMIT $4", f.value, from, size, readRows); err != nil {
+		}, "SELECT a.idx "+x.l.e.walk(f.column, "", "")+" LIMIT $4", f.value, from, size, readRows); err != nil {
 			break
 		}
 		if from = size; len(batch) == readRows {
@@ -497,7 +497,7 @@ func (x *Index) picker(ctx context.Context, fs []filter, size int64) (func(from,
 				err := rows.Scan(&i)
 				idx = append(idx, i)
 				return err
-			}, "SELECT idx FROM entries WHERE "+fs[0].column+" = $1 AND idx >= $2 AND idx < $3 ORDER BY idx"+order+" LIMIT $4", fs[0].value, from, to, n)
+			}, "SELECT a.idx "+x.l.e.walk(fs[0].column, "", order)+" LIMIT $4", fs[0].value, from, to, n)
 			slices.Sort(idx)
 			return idx, err
 		}, nil

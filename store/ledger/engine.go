@@ -37,6 +37,8 @@ type engine interface {
 	// is $1 and whose idx lies in [$2, $3), in the order of idx (order is "" or
 	// " DESC"), read from that column's index alone; and is a further condition.
 	walk(column, and, order string) string
+	// sealedFields is an expression: how many sealed fields a body names.
+	sealedFields(body string) string
 	// checkColumns compares the generated columns of entries [from, to) with their
 	// bodies, where the engine stores them.
 	checkColumns(ctx context.Context, q querier, from, to int64) error

@@ -181,7 +181,7 @@ func (l *Ledger) eachOf(ctx context.Context, t store.Type, from, to int64, fn fu
 			return fmt.Errorf("%w: entry %d: %w", ErrMismatch, i, err)
 		}
 		return fn(i, e)
-	}, "SELECT idx, body FROM entries INDEXED BY entries_type WHERE type = $1 AND idx >= $2 AND idx < $3 ORDER BY idx", string(t), from, to))
+	}, "SELECT a.idx, a.body "+l.e.walk("type", "", ""), string(t), from, to))
 }
 
 // sensitivity is that of what e is about, empty where it is about no scope.
@@ -511,7 +511,10 @@ func (l *Ledger) deleteBoxes(ctx context.Context, indexes []int64) error {
 	for part := range slices.Chunk(indexes, boxesAtOnce) {
 		done := make(chan error, 1)
 		job := func() {
-			_, err := l.wr.conn.ExecContext(ctx, "DELETE FROM sealed WHERE idx IN (SELECT j.value FROM json_each($1) j)", jsonList(part))
+			// Not under the caller's context: to give up would end the connection.
+			ctx, cancel := l.e.patience(context.WithoutCancel(ctx))
+			defer cancel()
+			_, err := l.wr.conn.ExecContext(ctx, "DELETE FROM sealed WHERE idx IN (SELECT j.value FROM "+l.e.list("bigint")+")", jsonList(part))
 			done <- err
 		}
 		select {
@@ -616,7 +619,7 @@ func (l *Ledger) Lifted(ctx context.Context, since int64) (first, size int64, er
 		}
 		var from int64
 		if d.Run != "" {
-			err = l.r.QueryRowContext(ctx, "SELECT coalesce(min(idx), $1) FROM entries INDEXED BY entries_run WHERE run = $2", size, d.Run).Scan(&from)
+			err = l.r.QueryRowContext(ctx, "SELECT coalesce((SELECT a.idx "+l.e.walk("run", "", "")+" LIMIT 1), $3)", d.Run, 0, size).Scan(&from)
 		} else {
 			from, err = l.firstAt(ctx, d.From.Time, size)
 		}
@@ -651,8 +654,8 @@ func (l *Ledger) checkMissing(ctx context.Context, q querier, from, to int64, un
 			gone[i] = true
 		}
 		return nil
-	}, `SELECT e.idx, e.body FROM entries e WHERE e.idx >= $1 AND e.idx < $2 AND e.body NOT LIKE '%"sealed":{}}'
-		AND (SELECT count(*) FROM sealed s WHERE s.idx = e.idx) < (SELECT count(*) FROM json_each(e.body, '$.sealed'))`, from, to); err != nil {
+	}, `SELECT e.idx, e.body FROM entries e WHERE e.idx >= $1 AND e.idx < $2 AND e.body NOT LIKE '%"sealed":{}}'`+
+		" AND (SELECT count(*) FROM sealed s WHERE s.idx = e.idx) < "+l.e.sealedFields("e.body"), from, to); err != nil {
 		return err
 	}
 	if len(gone) == 0 {
@@ -682,7 +685,7 @@ func (l *Ledger) Retention(ctx context.Context, writer string) (last *store.Poli
 			err := rows.Scan(&i)
 			page = append(page, i)
 			return err
-		}, "SELECT idx FROM entries INDEXED BY entries_type WHERE type = $1 AND idx < $2 ORDER BY idx DESC LIMIT $3", string(store.PolicyLoaded), to, chunk); err != nil {
+		}, "SELECT a.idx "+l.e.walk("type", "", " DESC")+" LIMIT $4", string(store.PolicyLoaded), 0, to, chunk); err != nil {
 			return nil, l.readErr(err)
 		}
 		if len(page) == 0 {

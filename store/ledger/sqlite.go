@@ -60,6 +60,10 @@ func (*sqliteDB) walk(column, and, order string) string {
 	return fmt.Sprintf("FROM entries a INDEXED BY entries_%s WHERE a.%[1]s = $1 AND a.idx >= $2 AND a.idx < $3%s ORDER BY a.idx%s", column, and, order)
 }
 
+func (*sqliteDB) sealedFields(body string) string {
+	return "(SELECT count(*) FROM json_each(" + body + ", '$.sealed'))"
+}
+
 func (*sqliteDB) patience(ctx context.Context) (context.Context, context.CancelFunc) {
 	return ctx, func() {}
 }

@@ -83,7 +83,7 @@ func Start(options ...string) (_ *Server, err error) {
 			return nil, err
 		}
 		s.DSN = fmt.Sprintf("postgres://postgres@127.0.0.1:%d/postgres?sslmode=disable", s.port)
-		if err = s.Restart(); err == nil {
+		if err = s.restart(); err == nil {
 			return s, nil
 		}
 	}
@@ -107,7 +107,20 @@ func (s *Server) Command(name string, args ...string) *exec.Cmd {
 
 // Restart starts a server that was stopped or killed, on the same port and data,
 // and waits until it answers.
-func (s *Server) Restart() error {
+func (s *Server) Restart() (err error) {
+	// It refuses to start while the shared memory of a killed one is in use.
+	for range 50 {
+		if err = s.restart(); !errors.Is(err, errEnded) {
+			return err
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+	return err
+}
+
+var errEnded = errors.New("postgres ended at once")
+
+func (s *Server) restart() error {
 	log, err := os.OpenFile(filepath.Join(s.dir, "log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
 		return err
@@ -141,7 +154,7 @@ func (s *Server) Restart() error {
 		}
 		select {
 		case <-done:
-			return errors.New("postgres ended at once")
+			return errEnded
 		case <-ctx.Done():
 			return fmt.Errorf("postgres does not answer: %w", err)
 		case <-time.After(10 * time.Millisecond):
