@@ -165,7 +165,7 @@ func newBundle(at io.ReaderAt, size int64, r *Report) *bundle {
 		case f.Method != zip.Deflate && f.Method != zip.Store:
 			r.add(NoIndex, KindMember, "%s is compressed by method %d, and a bundle's members are deflated or stored", f.Name, f.Method)
 			continue
-		case f.UncompressedSize64 > 1<<20 && f.UncompressedSize64/maxRatio > f.CompressedSize64:
+		case f.UncompressedSize64 >= 1<<62 || f.UncompressedSize64 > 1<<20 && f.UncompressedSize64/maxRatio > f.CompressedSize64:
 			r.add(NoIndex, KindMember, "%s would grow from %d bytes to %d: no record does", f.Name, f.CompressedSize64, f.UncompressedSize64)
 			continue
 		case err != nil || start < end || f.CompressedSize64 > uint64(size):
@@ -322,18 +322,20 @@ type member struct {
 // open opens a member. One that is missing, which is a finding already, reads as
 // empty.
 func (b *bundle) open(name string) *member {
-	m := &member{b: b, name: name, sum: sha256.New(), limit: b.m.Files[name].Bytes}
+	m := &member{b: b, name: name, sum: sha256.New()}
 	f := b.members[name]
 	if f == nil {
 		return m
 	}
+	m.limit = int64(f.UncompressedSize64) // which maxRatio bounds
 	m.rc, m.err = f.Open()
 	return m
 }
 
-var errLonger = errors.New("longer than the manifest says")
+var errLonger = errors.New("it is longer than the zip's directory says")
 
-// Read implements io.Reader. It reads no more than the manifest says there is.
+// Read implements io.Reader. It reads no more than the zip's directory says there
+// is.
 func (m *member) Read(p []byte) (int, error) {
 	if m.err != nil {
 		return 0, m.err
@@ -369,8 +371,6 @@ func (m *member) close() {
 	want, listed := m.b.m.Files[m.name]
 	switch {
 	case !listed: // a finding already
-	case m.err == errLonger:
-		m.b.r.add(NoIndex, KindDigest, "%s is longer than the %d bytes of the manifest", m.name, want.Bytes)
 	case m.err != nil && m.err != io.EOF:
 		m.b.r.add(NoIndex, KindDigest, "%s cannot be read: %v", m.name, m.err)
 	case m.n != want.Bytes:
@@ -414,7 +414,7 @@ func (b *bundle) lines(name string, most int) *lines {
 // follows is no line.
 func (l *lines) next() []byte {
 	for {
-		if i := bytes.IndexByte(l.buf, '\n'); i >= 0 {
+		if i := bytes.IndexByte(l.buf, '\n'); i >= 0 && i <= l.most && l.bad == "" {
 			line := l.buf[:i:i]
 			l.buf = l.buf[i+1:]
 			l.n++

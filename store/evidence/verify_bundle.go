@@ -70,6 +70,7 @@ func verifyBundle(ctx context.Context, b *bundle, r *Report, o *Options) (*Repor
 	if err != nil {
 		return nil, err
 	}
+	j.from = m.Window.From
 	exported := false
 	j.export = func(index int64, e *store.Entry) {
 		if index == m.Export.Index {

@@ -47,10 +47,12 @@ type judge struct {
 
 	catalogues map[string]func(string) (*store.Rule, string, bool) // by digest of the catalogue
 	policies   map[string]string                                   // digest of catalogue and policy, to that of the catalogue
-	undecided  map[string][]func(func(string) (*store.Rule, string, bool))
-	standing   map[string]*store.Rule // by request that draws on a standing approval, the rule it falls under
+	known      map[string]bool                                     // digests of which policy.loaded is on record, with its text or without
+	undecided  map[string][]undecided                              // by digest, what waits for its catalogue
+	standing   map[string]*store.Rule                              // by request that draws on a standing approval, the rule it falls under
 	anchors    *anchors
 
+	from   int64                             // where the window begins: what was in force before it need not be at hand
 	export func(index int64, e *store.Entry) // sees each export.created; may be nil
 	tally  struct{ signed, anchored, enrolled, ruled, nameless int64 }
 }
@@ -88,6 +90,12 @@ type hold struct {
 	lifted bool
 }
 
+// undecided is an entry that names a policy which is not on record yet.
+type undecided struct {
+	index  int64
+	decide func(func(scope string) (*store.Rule, string, bool))
+}
+
 // life is a credential's.
 type life struct {
 	expires store.Time
@@ -100,7 +108,7 @@ func newJudge(r *Report, o *Options, whole, texts bool) (*judge, error) {
 		state: store.NewReplay(), keys: store.NewPasskeys(r.Origin), ids: map[id]int64{},
 		runs: map[string]uint32{}, levels: map[string]uint16{}, holds: map[string]*hold{}, retention: map[string]map[string]store.Duration{},
 		lives: map[id]*life{}, catalogues: map[string]func(string) (*store.Rule, string, bool){}, policies: map[string]string{},
-		undecided: map[string][]func(func(string) (*store.Rule, string, bool)){}, standing: map[string]*store.Rule{},
+		known: map[string]bool{}, undecided: map[string][]undecided{}, standing: map[string]*store.Rule{},
 	}
 	var err error
 	j.anchors, err = newAnchors(o.Provider)
@@ -215,6 +223,7 @@ func (j *judge) policy(index int64, e *store.Entry, opened map[string]string) {
 	if d.Retention != nil {
 		j.retention[e.Writer] = d.Retention
 	}
+	j.known[d.Digest] = true
 	catalogue, ok := opened[store.SealedCatalogue]
 	if !ok {
 		return // where it should be there, its absence is a finding of its own
@@ -240,8 +249,8 @@ func (j *judge) policy(index int64, e *store.Entry, opened map[string]string) {
 		}
 		j.catalogues[d.Catalogue] = of
 	}
-	for _, f := range j.undecided[d.Digest] {
-		f(j.catalogues[d.Catalogue])
+	for _, u := range j.undecided[d.Digest] {
+		u.decide(j.catalogues[d.Catalogue])
 	}
 	delete(j.undecided, d.Digest)
 }
@@ -307,7 +316,7 @@ func (j *judge) ruled(index int64, e *store.Entry) {
 	} else {
 		// A broker puts its policy on record as it begins to follow the log, and may
 		// take a request a moment earlier.
-		j.undecided[e.Decision.Policy] = append(j.undecided[e.Decision.Policy], decide)
+		j.undecided[e.Decision.Policy] = append(j.undecided[e.Decision.Policy], undecided{index, decide})
 	}
 }
 
@@ -462,10 +471,13 @@ func (j *judge) finish() {
 		j.r.Signed, j.r.Enrolled, j.r.Anchored, j.r.Ruled = t.signed, t.enrolled, t.anchored, t.ruled
 	}()
 	for policy, waiting := range j.undecided {
-		if j.texts {
-			j.r.note("%d decisions name the policy %.80s, whose catalogue is not here: their rules were not compared with it", len(waiting), policy)
-			j.tally.ruled -= int64(len(waiting))
+		j.tally.ruled -= int64(len(waiting))
+		first := waiting[0].index
+		if at := slices.IndexFunc(waiting, func(u undecided) bool { return u.index >= j.from }); at >= 0 && !j.known[policy] {
+			j.r.add(waiting[at].index, KindPolicy, "it names the policy %.80q, which is not on record", policy)
+			continue
 		}
+		j.r.note("%d entries from %d on name the policy %.80q, whose catalogue is not here: their rules were not compared with it", len(waiting), first, policy)
 	}
 	if j.tally.nameless > 0 {
 		j.r.note("%d uses name no credential, and were not judged", j.tally.nameless)

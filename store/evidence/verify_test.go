@@ -87,9 +87,9 @@ func check(t *testing.T, dir string, key *store.LogVerifier, since string) *Repo
 	return r
 }
 
-// exec changes a ledger's database as someone with write access to its file
+// alter changes a ledger's database as someone with write access to its file
 // would: without its triggers.
-func exec(t *testing.T, dir string, statements ...string) {
+func alter(t *testing.T, dir string, statements ...string) {
 	t.Helper()
 	db, err := sql.Open("sqlite", filepath.Join(dir, "ledger.db"))
 	if err != nil {
@@ -150,7 +150,7 @@ func TestTamperingWithTheDatabaseIsFoundAndNamed(t *testing.T) {
 			if err := os.CopyFS(dir, os.DirFS(o.Dir)); err != nil {
 				t.Fatal(err)
 			}
-			exec(t, dir, tt.change...)
+			alter(t, dir, tt.change...)
 			r := check(t, dir, key, half)
 			for _, f := range r.Findings {
 				if f.Kind == tt.kind && f.Index == tt.index {
@@ -216,7 +216,7 @@ func rebuild(t *testing.T, o ledger.Options, signer note.Signer, vkey string, ch
 	if err != nil {
 		t.Fatal(err)
 	}
-	exec(t, dir, append(update, fmt.Sprintf(`UPDATE checkpoints SET note = '%s' WHERE size = %d`, signed, entriesInTests))...)
+	alter(t, dir, append(update, fmt.Sprintf(`UPDATE checkpoints SET note = '%s' WHERE size = %d`, signed, entriesInTests))...)
 	return dir
 }
 
