@@ -46,7 +46,7 @@ var exceptionWords = [kinds]struct{ slug, title, meaning, rest string }{
 		"A credential was seen in use after it had ended. Either a target let it in that does not ask whether it still holds, or what saw the use was late.",
 		"steps.csv, rows where uses_after_end is not 0"},
 	unknownUse: {"unknown-use", "Uses of a credential whose issuance is not at hand",
-		"A use was seen, and the credential's issuance is not among the entries of this export. In a filtered export it may have been left out; in a whole one it is to be explained.",
+		"A use was seen, and the credential's issuance is not among the entries of this export. It may lie before the window, have been left out by a filter, or lie some hundred thousand credentials back; otherwise it is to be explained.",
 		"uses.csv, column intent"},
 	unobserved: {"unobserved", "Claimed but not observed",
 		"The orchestrator reported what came of the step, and no use of a credential by that step was seen. Uses are seen by introspection, on the access path and in Vault's audit log: a step that was handed its secret directly, to a target that does not ask back, is found here without anything being amiss. What such a step did is the orchestrator's word alone.",

@@ -181,7 +181,7 @@ func who(orchestrator, run, step string) []*part {
 func scopeAt(scope, target string) []*part {
 	p := []*part{text(scope)}
 	if target != "" && target != scope {
-		p = append(p, quiet("at "+target))
+		p = append(p, quiet(target))
 	}
 	return p
 }
@@ -303,7 +303,7 @@ func (r *Report) identitySection(v *view) {
 	v.Groups = t
 
 	t = &tableView{ID: "steps", Caption: "Every request and the identity its step was given",
-		Head: []string{"Entry", "Asked", "Step", "Identity given", "Scope", "For whom", "Outcome"}}
+		Head: []string{"Entry", "Asked", "Step", "Identity given", "Scope and target", "For whom", "Outcome"}}
 	for _, s := range r.steps.rows {
 		id := cells(code(s.agent))
 		if !s.own {
@@ -347,7 +347,7 @@ func (r *Report) reachedSection(v *view) {
 	v.Claims = sortedMap(claims)
 
 	t = &tableView{ID: "credentials", Caption: "Every credential, its life and its uses",
-		Head: []string{"Entry", "Issued", "Step", "Scope and kind", "Life", "Observed", "Claimed"}}
+		Head: []string{"Entry", "Issued", "Step", "Scope, target, kind", "Life", "Observed", "Claimed"}}
 	for _, c := range r.credentials.rows {
 		kind := c.kind
 		if !c.revocable {
@@ -382,7 +382,7 @@ func (r *Report) reachedSection(v *view) {
 
 func (r *Report) approvedSection(v *view) {
 	t := &tableView{ID: "approvals", Caption: "Requests that people decided",
-		Head: []string{"Entry", "Asked", "What", "Who asked, and why", "Who decided, and why", "Rule in force", "Outcome"}}
+		Head: []string{"Entry", "Asked", "Scope and target", "Who asked, and why", "Who decided, and why", "Rule in force", "Outcome"}}
 	for _, a := range r.approvals.rows {
 		asker := cells(who(a.orchestrator, a.run, a.step)...)
 		if a.subject != "" {

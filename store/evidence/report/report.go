@@ -424,9 +424,9 @@ func subject(t taken) (string, bool) {
 	}
 	name := t.e.Subject.ID
 	if s := t.opened[store.SealedSubject]; s != "" {
-		name = s
+		return keep(s).Text, t.e.Subject.Proved
 	}
-	return keep(name).Text, t.e.Subject.Proved
+	return keep(name).Text + " (name not in this export)", t.e.Subject.Proved
 }
 
 // outcome is how a request went on. final says that people's part is over.

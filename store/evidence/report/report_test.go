@@ -758,3 +758,36 @@ func BenchmarkWrite(b *testing.B) {
 		}
 	}
 }
+
+func FuzzNoEntryBreaksTheReportOrGetsMarkupIntoIt(f *testing.F) {
+	types := []store.Type{
+		store.StepRequested, store.StepFinished, store.RequestWithdrawn, store.RequestVoid, store.ApprovalRequested, store.ApprovalDecided, store.ApprovalExpired,
+		store.ApprovalStanding, store.CredentialIssuing, store.CredentialIssued, store.CredentialFailed, store.CredentialAbandoned, store.CredentialUsed,
+		store.CredentialRevoked, store.CredentialExpired, store.AccessRefused, store.AlertRaised, store.FreezeSet, store.PasskeyEnrolled, store.PasskeyActivated,
+		store.PasskeyRevoked, store.SlackLinked, store.PolicyLoaded, store.WriterAdded, store.ExportCreated, store.DetailsErased, store.HoldPlaced, store.HoldLifted,
+	}
+	for _, l := range eventful(f).entries {
+		f.Add(uint8(max(slices.Index(types, l.e.Type), 0)), []byte(l.e.Details), hostile, l.e.Time.Unix())
+	}
+	f.Add(uint8(4), []byte(`{"rule":{"groups":[{"group":"a","count":20000000}],"hours":{"from":"x"}}}`), "<script>", int64(-62135596800))
+	f.Add(uint8(22), []byte(`{"digest":"<script>","retention":{"":"-1ns","<img>":"9999h"}}`), "", int64(253402300799))
+	f.Fuzz(func(t *testing.T, kind uint8, details []byte, text string, at int64) {
+		r := report.New()
+		for i, typ := range []store.Type{store.ApprovalRequested, types[int(kind)%len(types)], types[int(kind)%len(types)]} {
+			e := &store.Entry{Type: typ, ID: text, Time: store.At(time.Unix(at, 0)), Agent: text, Orchestrator: text, Run: text, Step: text, Request: text,
+				Action: text, Resource: text, Person: &text, Cause: &text, Details: details, Sealed: map[string]string{"reason": "c"}}
+			if err := r.Take(int64(i), e, map[string]string{"reason": text, "catalogue": text}, i > 0); err != nil {
+				t.Fatal(err)
+			}
+		}
+		var out bytes.Buffer
+		if err := r.Write(&out, report.Meta{To: 3, Complete: true}); err != nil {
+			t.Fatal(err)
+		}
+		for n := range parse(t, out.Bytes()).Descendants() {
+			if n.Data == "script" || n.Data == "img" {
+				t.Fatalf("<%s> in the page", n.Data)
+			}
+		}
+	})
+}
