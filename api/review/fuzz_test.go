@@ -33,12 +33,13 @@ func FuzzQuery(f *testing.F) {
 	f.Add("from=2026-01-01T00:00:00Z&run=a&limit=3")
 	f.Add("type=credential.issued&outcome=allow&cursor=x")
 	f.Add("limit=-1&limit=2")
+	f.Add("from=2026-01-01&to=2026-01-02T10:00&before=17&format=csv&person=user:ada")
 	f.Fuzz(func(t *testing.T, raw string) {
 		v, err := url.ParseQuery(raw)
 		if err != nil {
 			return
 		}
-		if q, err := query(v); err == nil && (q.Limit < 1 || q.Limit > MaxLimit) {
+		if q, err := asked(v); err == nil && (q.Limit < 0 || q.Limit > MaxLimit || q.cursor < 0 || q.before < 0 || q.cursor > 0 && q.before > 0) {
 			t.Fatalf("%+v", q)
 		}
 	})

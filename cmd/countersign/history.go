@@ -6,9 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"maps"
 	"net/url"
-	"slices"
 	"strconv"
 	"strings"
 	"text/tabwriter"
@@ -21,7 +19,6 @@ import (
 
 	"github.com/countersign-dev/countersign/api/client"
 	"github.com/countersign-dev/countersign/api/review"
-	"github.com/countersign-dev/countersign/store"
 )
 
 // historyFilters are the filters of GET /history, as flags of the same names.
@@ -146,52 +143,17 @@ func (h *history) json(ctx context.Context, w io.Writer) error {
 	return nil
 }
 
-// historyColumns are the columns of the table and of CSV.
-var historyColumns = []string{"index", "time", "type", "orchestrator", "run", "step", "scope", "outcome", "request", "details"}
-
-// row is one entry in historyColumns.
-func row(e client.HistoryEntry) ([]string, error) {
-	x, err := store.ParseLeaf(e.Entry)
-	if err != nil {
-		return nil, fmt.Errorf("entry %d: %w", e.Index, err)
-	}
-	outcome := ""
-	if x.Decision != nil {
-		outcome = string(x.Decision.Outcome)
-	}
-	var more []string
-	if x.Cause != nil {
-		more = append(more, "cause "+*x.Cause)
-	}
-	if x.Decision != nil && x.Decision.Outcome == store.Deny {
-		more = append(more, x.Decision.Reasons...)
-	}
-	for _, field := range slices.Sorted(maps.Keys(e.Opened)) {
-		more = append(more, field+" "+strconv.Quote(e.Opened[field]))
-	}
-	return []string{
-		strconv.FormatInt(e.Index, 10), x.Time.String(), string(x.Type), x.Orchestrator, x.Run, x.Step, x.Action, outcome, x.Request,
-		strings.Join(more, "; "),
-	}, nil
-}
-
 func (h *history) csv(ctx context.Context, w io.Writer) error {
 	out := csv.NewWriter(w)
-	if err := out.Write(historyColumns); err != nil {
+	if err := out.Write(review.Columns); err != nil {
 		return err
 	}
 	err := h.each(ctx, func(e client.HistoryEntry) error {
-		r, err := row(e)
+		r, err := review.Row(e)
 		if err != nil {
 			return err
 		}
-		for i, cell := range r {
-			// A spreadsheet would run a cell that begins so as a formula.
-			if cell != "" && strings.ContainsRune("=+-@\t\r", rune(cell[0])) {
-				r[i] = "'" + cell
-			}
-		}
-		return out.Write(r)
+		return out.Write(review.Cells(r))
 	})
 	out.Flush()
 	return errors.Join(err, out.Error())
@@ -203,7 +165,7 @@ func (h *history) table(ctx context.Context, w io.Writer) error {
 	rows := 0
 	err := h.each(ctx, func(e client.HistoryEntry) error {
 		rows++
-		r, err := row(e)
+		r, err := review.Row(e)
 		if err != nil {
 			return err
 		}

@@ -48,11 +48,18 @@ var routes = map[string]map[string]reach{
 		"GET /readyz":                           public,
 	},
 	"record": {
-		"POST /append":               forbidden,
-		"GET /open":                  forbidden,
-		"GET /follow":                forbidden,
-		"GET /consistency":           forbidden,
-		"GET /history":               forbidden,
+		"POST /append":     forbidden,
+		"GET /open":        forbidden,
+		"GET /follow":      forbidden,
+		"GET /consistency": forbidden,
+		"GET /history":     forbidden,
+
+		"GET /history/{index:[0-9]+}":       forbidden,
+		"GET /history/steps/{run}/{step}":   forbidden,
+		"GET /history/people/{person}":      forbidden,
+		"GET /history/credentials/{intent}": forbidden,
+		"GET /history/static/{file}":        forbidden,
+
 		"GET /tile/entries/*":        forbidden,
 		"GET /checkpoint":            public,
 		"GET /tile/{level:[0-9]+}/*": public,
