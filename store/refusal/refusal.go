@@ -33,6 +33,8 @@ type Log struct {
 	log    *zap.Logger
 	limit  *rate.Limiter
 
+	flushing chan struct{} // full until what a flush took is on record, so that Close waits for it
+
 	mu     sync.Mutex
 	folded map[string]*fold // by kind: not on record yet
 	timer  *time.Timer
@@ -49,7 +51,7 @@ type fold struct {
 // 2 s. Only refusals of one kind are folded, so that a flood hides no other
 // attempt; kind is to have few values, since each may have an entry a second.
 func New(log *zap.Logger, record func(context.Context, *store.Submission) error, kind func(*store.Submission) string) *Log {
-	return &Log{record: record, kind: kind, log: log, folded: map[string]*fold{}, limit: rate.NewLimiter(rate.Every(Interval), Burst)}
+	return &Log{record: record, kind: kind, log: log, folded: map[string]*fold{}, flushing: make(chan struct{}, 1), limit: rate.NewLimiter(rate.Every(Interval), Burst)}
 }
 
 // Add puts s on record, or counts it towards the next of its kind. s must be an
@@ -88,6 +90,8 @@ func (l *Log) fold(s *store.Submission, n int) {
 // flush records what was folded: of each kind the latest, with the others as
 // count.
 func (l *Log) flush() {
+	l.flushing <- struct{}{}
+	defer func() { <-l.flushing }()
 	l.mu.Lock()
 	if l.timer != nil {
 		l.timer.Stop()

@@ -66,10 +66,12 @@ func TestAFloodIsFoldedByKindAndEachIsCounted(t *testing.T) {
 			l.Add(t.Context(), attempt("quiet"))
 			time.Sleep(2 * Interval)
 		}
+		l.Close()
+		r.mu.Lock()
+		defer r.mu.Unlock()
 		if r.of["flood"] != 10_000 || r.of["quiet"] != 10 || r.n > Burst+40 {
 			t.Errorf("%v in %d entries", r.of, r.n)
 		}
-		l.Close()
 	})
 }
 
@@ -104,8 +106,32 @@ func TestWhileTheLedgerIsAwayRefusalsAreKeptAndSaidToBe(t *testing.T) {
 		r.mu.Unlock()
 		time.Sleep(2 * Interval)
 		l.Close()
+		r.mu.Lock()
+		defer r.mu.Unlock()
 		if r.of["x"] != 3 {
 			t.Errorf("%d of 3 are on record", r.of["x"])
+		}
+	})
+}
+
+func TestClosingWaitsForAFlushThatIsUnderWay(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var r record
+		l := New(zap.NewNop(), func(ctx context.Context, s *store.Submission) error {
+			time.Sleep(Interval / 2) // a slow ledger
+			return r.append(ctx, s)
+		}, byAction)
+		for range Burst {
+			go l.Add(t.Context(), attempt("x"))
+		}
+		synctest.Wait()
+		l.Add(t.Context(), attempt("x")) // folded: the burst is used up
+		time.Sleep(Interval + Interval/4)
+		l.Close()
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		if r.of["x"] != Burst+1 {
+			t.Errorf("%d of %d are on record after the close", r.of["x"], Burst+1)
 		}
 	})
 }
