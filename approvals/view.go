@@ -184,6 +184,19 @@ func (a *Approvals) view(ctx context.Context, request string) (*Request, error) 
 	return v.finish(), nil
 }
 
+// Erased stands in place of a text whose time is over. Names are then shown by
+// pseudonym.
+const Erased = "(erased)"
+
+// reason is the one sealed with e.
+func reason(e *store.Entry, h ledger.HistoryEntry) string {
+	text, ok := h.Opened[store.SealedReason]
+	if !ok && e.Sealed[store.SealedReason] != "" {
+		return Erased
+	}
+	return text
+}
+
 // viewing makes a Request of its entries.
 type viewing struct {
 	key     store.PrivacyKey
@@ -224,7 +237,7 @@ func (v *viewing) entry(h ledger.HistoryEntry) error {
 		o := &v.out
 		o.ID, o.Request, o.Orchestrator, o.Run, o.Step = d.Approval, e.Request, e.Orchestrator, e.Run, e.Step
 		o.Scope, o.Target, o.Agent, o.Grant, o.Rule = e.Action, e.Resource, e.Agent, d.Grant, d.Rule
-		o.Asked, o.Index, o.LeafHash, o.Reason = e.Time.Time, h.Index, store.HashText(store.LeafHash(h.Entry)), h.Opened[store.SealedReason]
+		o.Asked, o.Index, o.LeafHash, o.Reason = e.Time.Time, h.Index, store.HashText(store.LeafHash(h.Entry)), reason(e, h)
 		if e.Risk != nil {
 			o.Sensitivity = e.Risk.Sensitivity
 		}
@@ -243,7 +256,7 @@ func (v *viewing) entry(h ledger.HistoryEntry) error {
 			return err
 		}
 		v.out.Decisions = append(v.out.Decisions, Decided{
-			Person: name(), Groups: d.Groups, Decision: d.Decision, Reason: h.Opened[store.SealedReason], Via: d.Via,
+			Person: name(), Groups: d.Groups, Decision: d.Decision, Reason: reason(e, h), Via: d.Via,
 			At: e.Time.Time, Signed: d.Assertion != nil, Index: h.Index, Standing: d.Standing,
 		})
 	case store.AccessRefused:

@@ -21,6 +21,7 @@ import (
 	"github.com/countersign-dev/countersign/api/client"
 	"github.com/countersign-dev/countersign/api/problem"
 	"github.com/countersign-dev/countersign/api/server"
+	"github.com/countersign-dev/countersign/approvals"
 	"github.com/countersign-dev/countersign/store"
 	"github.com/countersign-dev/countersign/store/ledger"
 )
@@ -329,11 +330,8 @@ func opened(e *store.Entry, h ledger.HistoryEntry, field string) string {
 	if text, ok := h.Opened[field]; ok || e.Sealed[field] == "" {
 		return text
 	}
-	return erasedText
+	return approvals.Erased
 }
-
-// erasedText stands where a text was.
-const erasedText = "(erased)"
 
 // person is who acted: by name, or by the pseudonym where the name is erased.
 func person(e *store.Entry, h ledger.HistoryEntry) string {
