@@ -41,6 +41,8 @@ type PublisherConfig struct {
 	Record func(context.Context, *store.Submission) error
 	Agent  string      // of those entries
 	Log    *zap.Logger // none where nil
+
+	patience time.Duration // the constant, but in tests
 }
 
 // AlertDetails are the details of the alert.raised that a Dispute leads to. The
@@ -56,11 +58,12 @@ type AlertDetails struct {
 
 // Publisher publishes a log's checkpoints with cosignatures.
 //
-// Without Withhold a checkpoint is published at once, and again with each
-// cosignature that comes. With it, a checkpoint is published once its
-// cosignatures meet the policy; while they do not, what was published before
-// stays. In both, nothing new is published while a witness disputes the log:
-// who is to be shown a log that a witness knows another version of?
+// Without Withhold a checkpoint is published once all witnesses that were asked
+// have answered, or a second has passed, and again with each cosignature that
+// comes later. With it, a checkpoint is published once its cosignatures meet the
+// policy; while they do not, what was published before stays. In both, nothing
+// new is published while a witness disputes the log: who is to be shown a log
+// that a witness knows another version of?
 //
 // Appends, their receipts and brokers do not wait for any of this.
 type Publisher struct {
@@ -94,8 +97,13 @@ type candidate struct {
 	log  []note.Signature   // the log's own
 	sigs [][]note.Signature // by peer
 	asks int                // under way
-	met  bool               // the policy; always so without Withhold
+	late time.Time          // without Withhold, published from then on, whoever has not answered
+	seen int                // how many signatures it was published with
 }
+
+// patience is how long a checkpoint waits for its cosignatures without Withhold,
+// so that who reads it finds them on it.
+const patience = time.Second
 
 type answer struct {
 	peer int
@@ -116,6 +124,9 @@ func NewPublisher(c PublisherConfig) (*Publisher, error) {
 	}
 	if c.Log == nil {
 		c.Log = zap.NewNop()
+	}
+	if c.patience == 0 {
+		c.patience = patience
 	}
 	log, err := store.NewLogVerifier(c.Key)
 	if err != nil {
@@ -181,9 +192,14 @@ func (p *Publisher) Run(ctx context.Context, l Published) {
 	p.restore(ctx, l)
 	t := time.NewTicker(p.c.Every)
 	defer t.Stop()
+	late := time.NewTimer(p.c.patience)
+	defer late.Stop()
 	for {
-		p.next(ctx, l)
+		if p.next(l) {
+			late.Reset(p.c.patience)
+		}
 		under += p.ask(ctx, l)
+		p.publish(ctx, l, p.candidate) // nobody was asked, or what kept it from being published is over
 		for tick := false; !tick; {
 			select {
 			case <-ctx.Done():
@@ -191,6 +207,8 @@ func (p *Publisher) Run(ctx context.Context, l Published) {
 			case a := <-p.answers:
 				under--
 				p.take(ctx, l, a)
+			case <-late.C:
+				p.publish(ctx, l, p.candidate)
 			case <-t.C:
 				tick = true
 			}
@@ -252,9 +270,18 @@ func (p *Publisher) read(signed string) (*candidate, error) {
 	return c, nil
 }
 
-// meets reports whether c may be published.
+// meets reports whether c's signatures meet the policy.
 func (p *Publisher) meets(c *candidate) bool {
-	return !p.c.Withhold || p.c.Policy.Check(p.log.Origin(), c.all()) == nil
+	return p.c.Policy.Check(p.log.Origin(), c.all()) == nil
+}
+
+// due reports whether c may be published, as far as its own signatures go.
+func (p *Publisher) due(c *candidate) bool {
+	if p.c.Withhold {
+		return p.meets(c)
+	}
+	// The first after a start waits for nobody: until then there is nothing to read.
+	return c.asks == 0 || c.size == p.published || p.published < 0 || !time.Now().Before(c.late)
 }
 
 // all are c's signatures, the log's first, then those of witnesses in the order
@@ -277,33 +304,30 @@ func (c *candidate) signed() string {
 	return b.String()
 }
 
-// next makes the head the candidate, where it is due.
-func (p *Publisher) next(ctx context.Context, l Published) {
-	// With Withhold, a candidate is given up for a newer one only once it is
-	// published or all who were asked have answered; a slow witness would
-	// otherwise never sign the one that is waited for.
-	if c := p.candidate; c != nil && p.c.Withhold && !c.met && c.asks > 0 {
-		return
-	}
+// next makes the head the candidate, where that is due, and reports whether it did.
+func (p *Publisher) next(l Published) bool {
 	head := l.Head()
-	if c := p.candidate; c != nil && c.note == head {
-		if c.size > p.published { // its file could not be written, or a witness disputed the log
-			p.publish(ctx, l, c)
+	if c := p.candidate; c != nil {
+		// A candidate is given up for a newer one only once it is published, or all
+		// who were asked have answered; a slow witness would otherwise never sign
+		// the one that is waited for.
+		if c.note == head || c.seen == 0 && c.asks > 0 && (p.c.Withhold || time.Now().Before(c.late)) {
+			return false
 		}
-		return
 	}
 	c, err := p.read(head)
 	if err != nil {
 		p.c.Log.Error("the ledger's head does not verify", zap.Error(err))
-		return
+		return false
 	}
+	c.late = time.Now().Add(p.c.patience)
 	p.candidate = c
-	p.publish(ctx, l, c)
+	return true
 }
 
-// publish publishes c, where it may be.
+// publish publishes c, where it may be and has not been with these signatures.
 func (p *Publisher) publish(ctx context.Context, l Published, c *candidate) {
-	if c.met = p.meets(c); !c.met || c.size < p.published {
+	if c == nil || c.size < p.published || c.seen == len(c.all()) || !p.due(c) {
 		return
 	}
 	for _, w := range p.peers {
@@ -326,7 +350,7 @@ func (p *Publisher) publish(ctx context.Context, l Published, c *candidate) {
 		}
 		return
 	}
-	p.published = c.size
+	p.published, c.seen = c.size, len(c.all())
 }
 
 // ask asks each witness that is due about the candidate, and returns how many.
@@ -367,7 +391,6 @@ func (p *Publisher) take(ctx context.Context, l Published, a answer) {
 		}
 		w.fails, w.after, w.signed, w.dispute = 0, time.Time{}, a.c.text, nil
 		a.c.sigs[a.peer] = a.sigs
-		p.publish(ctx, l, a.c)
 	case ctx.Err() != nil:
 	case errors.Is(a.err, errBehind): // it is asked about the next
 	case errors.As(a.err, &d):
@@ -380,6 +403,7 @@ func (p *Publisher) take(ctx context.Context, l Published, a answer) {
 		w.after = time.Now().Add(backoff(&w.fails, p.c.Every))
 		log.Warn("no cosignature", zap.Error(a.err), zap.Time("again", w.after))
 	}
+	p.publish(ctx, l, a.c)
 }
 
 // alert puts a dispute on record, once while the process runs and the witness
