@@ -16,8 +16,9 @@ import (
 // refuses to run, or is not to be asked.
 type Database struct{ r *ledger.Reader }
 
-// OpenDatabase opens the ledger at path, a database file or the directory of
-// one, for reading.
+// OpenDatabase opens the ledger at path for reading: a database file, the
+// directory of one, or a PostgreSQL connection string, as ledger.IsPostgres
+// knows one.
 func OpenDatabase(path string) (*Database, error) {
 	if info, err := os.Stat(path); err == nil && info.IsDir() {
 		path = filepath.Join(path, "ledger.db")

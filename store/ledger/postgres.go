@@ -233,8 +233,8 @@ func (p *postgres) statements() []string {
 		// As in SQLite, see sqliteSchema.
 		"CREATE TABLE "+s+"hashes (idx bigint PRIMARY KEY, nodes bytea NOT NULL CHECK (octet_length(nodes) > 0 AND octet_length(nodes) % 32 = 0))",
 		"CREATE TABLE "+s+"checkpoints (size bigint PRIMARY KEY, note text NOT NULL)",
-		"CREATE TABLE "+s+"open_requests (request text PRIMARY KEY, state text NOT NULL)",
-		"CREATE TABLE "+s+"sealed (idx bigint NOT NULL, field text NOT NULL, box bytea NOT NULL, PRIMARY KEY (idx, field))",
+		"CREATE TABLE "+s+"open_requests (request text COLLATE \"C\" PRIMARY KEY, state text NOT NULL)",
+		"CREATE TABLE "+s+"sealed (idx bigint NOT NULL, field text COLLATE \"C\" NOT NULL, box bytea NOT NULL, PRIMARY KEY (idx, field))",
 	)
 	for _, name := range slices.Sorted(maps.Keys(p.functions())) {
 		out = append(out, "CREATE FUNCTION "+s+name+"() RETURNS trigger LANGUAGE plpgsql AS $fn$"+p.functions()[name]+"$fn$")
@@ -380,7 +380,9 @@ func (p *postgres) wanted() map[string]string {
 	text := func(collation string, notNull bool) string {
 		return fmt.Sprintf("text %s %s ", collation, boolean(notNull))
 	}
-	want["column entries.body"] = text("C", true)
+	for _, c := range []string{"entries.body", "open_requests.request", "sealed.field"} {
+		want["column "+c] = text("C", true)
+	}
 	for _, c := range columns {
 		path := "->> '" + c.path[0] + "'::text"
 		if len(c.path) > 1 {
@@ -401,7 +403,7 @@ func (p *postgres) wanted() map[string]string {
 	for _, c := range []string{"entries.idx", "hashes.idx", "checkpoints.size", "sealed.idx"} {
 		want["column "+c] = "bigint t "
 	}
-	for _, c := range []string{"checkpoints.note", "open_requests.request", "open_requests.state", "sealed.field"} {
+	for _, c := range []string{"checkpoints.note", "open_requests.state"} {
 		want["column "+c] = text("default", true)
 	}
 	for _, c := range []string{"hashes.nodes", "sealed.box"} {
