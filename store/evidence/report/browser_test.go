@@ -19,8 +19,8 @@ import (
 
 var shots = flag.String("shots", "", "directory for pictures of the report")
 
-// TestTheReportReadsWellInABrowser opens a usual and a hostile report on three
-// screens, in both colours and as print.
+// TestTheReportReadsWellInABrowser opens a report on three screens, in both
+// colours and as print, and a hostile and an empty one where room is least.
 func TestTheReportReadsWellInABrowser(t *testing.T) {
 	path, err := exec.LookPath("chromium")
 	if err != nil {
@@ -68,6 +68,9 @@ func TestTheReportReadsWellInABrowser(t *testing.T) {
 			{"small", 320, "light", ""}, {"phone", 390, "light", ""}, {"phone-dark", 390, "dark", ""},
 			{"desktop", 1280, "light", ""}, {"desktop-dark", 1280, "dark", ""}, {"print", 1000, "light", "print"},
 		} {
+			if name != "report" && look.name != "small" && look.name != "print" {
+				continue
+			}
 			do(ctx, chromedp.EmulateViewport(look.width, 900), chromedp.Func(func(ctx context.Context, t *chromedp.Target) error {
 				_, err := cdp.Call(ctx, t, emulation.SetEmulatedMedia, emulation.SetEmulatedMediaParams{
 					Media: look.kind, Features: []*emulation.MediaFeature{{Name: "prefers-color-scheme", Value: look.colours}}})
@@ -83,7 +86,7 @@ func TestTheReportReadsWellInABrowser(t *testing.T) {
 				t.Errorf("%s: wider than the screen: %v", at, wide)
 			}
 			// A table's cell that is narrower than its words cuts them one letter a line.
-			thin, err := chromedp.Run(ctx, chromedp.Evaluate[[]string](`[...document.querySelectorAll("td, th")].filter(e => e.offsetParent && e.clientWidth < 38 && getComputedStyle(e.closest("table").tHead).position !== "absolute").map(e => e.textContent.slice(0, 40)).slice(0, 5)`))
+			thin, err := chromedp.Run(ctx, chromedp.Evaluate[[]string](`[...document.querySelectorAll("td:not(.num), th:not(.num)")].filter(e => e.offsetParent && e.clientWidth < 38 && getComputedStyle(e.closest("table").tHead).position !== "absolute").map(e => e.textContent.slice(0, 40)).slice(0, 5)`))
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -63,6 +63,7 @@ type view struct {
 	Gone          int64 // of Missing, those that no erasure explains
 	Cosigned      int64
 	Wide          int64 // entries that the window spans
+	Last          int64 // entry of the window
 	NotFollowed   int64
 	Types         []labelled
 }
@@ -203,7 +204,7 @@ func (r *Report) view(m Meta) *view {
 	v := &view{
 		M: m, Filters: sortedMap(m.Filters), Entries: r.entries, Context: r.context, Own: r.identities,
 		NotOwn: r.exceptions[identity].n, NotFollowed: r.notFollowed, Missing: int64(len(r.sealed.at)), Erased: r.sealed.covered,
-		NewPolicies: r.policies.n, Cosigned: int64(len(m.Cosignatures)), Wide: max(m.To-m.From, 0),
+		NewPolicies: r.policies.n, Cosigned: int64(len(m.Cosignatures)), Wide: max(m.To-m.From, 0), Last: m.To - 1,
 	}
 	v.Gone = v.Missing - v.Erased
 	v.People = atLeast(int64(len(r.people.sums)), r.people.over)

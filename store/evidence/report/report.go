@@ -32,7 +32,7 @@ type Meta struct {
 	Size         int64             // of the tree, in entries
 	Root         string            // of the tree, base64
 	Checkpoint   string            // the signed note, cosignatures included
-	Cosignatures []string          // names of those who cosigned
+	Cosignatures []string          // names that stand with cosignatures on the checkpoint, checked by nobody yet
 	From, To     int64             // window of entries, To not included
 	FromTime     string            // time of the window's first entry, empty where it has none
 	ToTime       string            // time of its last entry
