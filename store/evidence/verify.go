@@ -66,7 +66,8 @@ const (
 	KindMissing     = "missing"       // an entry or a tile of the signed tree is not there
 	KindTile        = "tile-mismatch" // a stored hash is not the hash of what lies below it
 	KindRoot        = "root-mismatch" // the tree does not give the signed root
-	KindFork        = "fork"          // the log does not continue an earlier checkpoint or bundle
+	KindFork        = "fork"          // the log does not continue an earlier checkpoint
+	KindRewritten   = "rewritten"     // an entry is another than in an earlier bundle
 	KindRollback    = "rollback"      // the log is shorter than an earlier checkpoint
 	KindMalformed   = "malformed"     // an entry does not parse
 	KindTime        = "time"          // an entry's time lies before its predecessor's

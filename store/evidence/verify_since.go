@@ -83,7 +83,7 @@ func (f *follow) compare(index int64, h tlog.Hash) {
 	}
 	f.n++
 	if f.common[0].Hash != h {
-		f.r.add(index, KindFork, "it is another entry than in the earlier bundle: one of the two was rewritten")
+		f.r.add(index, KindRewritten, "it is another entry than in the earlier bundle: one of the two was rewritten")
 	}
 }
 
