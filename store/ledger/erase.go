@@ -64,8 +64,8 @@ type Class struct {
 // mutex is held while an erasure is judged and put on record, and while a hold
 // or a retention is: each sees the other, or comes after it on record.
 type erasing struct {
-	one  sync.Mutex  // one erasure at a time
-	jobs chan func() // for the writing goroutine
+	one  sync.RWMutex // held by an erasure from its record to its end; read-held by KeepTexts
+	jobs chan func()  // for the writing goroutine
 
 	mu     sync.Mutex
 	upTo   int64                                // the log is known below it
@@ -268,6 +268,15 @@ func (l *Ledger) Erase(ctx context.Context, by Eraser, indexes []int64, sensitiv
 		return err
 	}
 	return l.wipe(ctx, indexes, ids, false)
+}
+
+// KeepTexts keeps any erasure from beginning until release is called: for who
+// reads many texts that are to be as the log of one size has them, as an export
+// does. It waits for an erasure under way. A hold is not needed for it, and is
+// no substitute: this ends with the process.
+func (l *Ledger) KeepTexts() (release func()) {
+	l.erasing.one.RLock()
+	return sync.OnceFunc(l.erasing.one.RUnlock)
 }
 
 // recordErasure judges an erasure and puts it on record. It returns the IDs of

@@ -202,6 +202,34 @@ func TestAScopeKeepsItsTextsLongerThanItsSensitivitySays(t *testing.T) {
 	}
 }
 
+func TestNothingIsErasedWhileAnExportKeepsTheTexts(t *testing.T) {
+	f := newFixture(t)
+	l := f.open()
+	f.keep(l, map[string]time.Duration{"low": time.Hour})
+	i := f.say(l, "r", "low", "text")
+	f.advance(2 * time.Hour)
+	release := l.KeepTexts()
+	done := make(chan error, 1)
+	go func() { done <- l.Erase(t.Context(), eraser, []int64{i}, "low", time.Hour) }()
+	for range 20 { // appends, and holds, do not wait for the export
+		f.say(l, "other", "low", "more")
+	}
+	f.own(l, store.HoldPlaced, store.HoldDetails{Run: "other"})
+	select {
+	case err := <-done:
+		t.Fatalf("erased meanwhile: %v", err)
+	default:
+	}
+	if p, err := l.History(t.Context(), Query{Type: string(store.DetailsErased)}); err != nil || len(p.Entries) != 0 || f.text(l, i) != "text" {
+		t.Fatalf("on record %v, text %q: %v", p, f.text(l, i), err)
+	}
+	release()
+	release()
+	if err := <-done; err != nil || f.text(l, i) != "" {
+		t.Fatalf("after it: %v, text %q", err, f.text(l, i))
+	}
+}
+
 func TestAHoldKeepsARunOrAWindowUntilItIsLifted(t *testing.T) {
 	f := newFixture(t)
 	l := f.open()
