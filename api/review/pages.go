@@ -79,7 +79,13 @@ type frame struct {
 }
 
 func (s *Server) frame(r *http.Request, title string) frame {
-	f := frame{Title: title, Now: s.now()}
+	unseen := func(c rune) rune { // a title takes no markup to show them by
+		if page.Unseen(c) {
+			return '\uFFFD'
+		}
+		return c
+	}
+	f := frame{Title: strings.Map(unseen, title), Now: s.now()}
 	if p := auth.From(r.Context()); p != nil && s.guard.People != nil && p.Method == "session" {
 		f.Person, f.Decides, f.CSRF = p.Name, true, s.guard.People.CSRF(r)
 	}
@@ -377,7 +383,7 @@ func (s *Server) form(r *http.Request, p *timelinePage, q *ledger.Query, now tim
 				if err != nil {
 					return err
 				}
-				x.List = values
+				x.List = slices.DeleteFunc(slices.Clone(values), func(v string) bool { return strings.ContainsFunc(v, page.Unseen) })
 			}
 			p.Fields = append(p.Fields, x)
 		}
