@@ -122,7 +122,10 @@ func checkpointOver(ctx context.Context, l *ledger.Ledger, index int64, wait tim
 // for concurrent use. Errors in reading the log are those of ledger.Export.
 func Export(ctx context.Context, l *ledger.Ledger, w io.Writer, o ExportOptions) (err error) {
 	b := &bundleWriter{l: l, o: o, report: report.New(), policies: map[string]bool{}}
-	if b.checkpoint, err = checkpointOver(ctx, l, o.Index, o.Wait); err != nil {
+	// A text that is missing must have its erasure in the tree that the bundle is
+	// of: nothing is erased from here on, and what was is covered.
+	defer l.KeepTexts()()
+	if b.checkpoint, err = checkpointOver(ctx, l, max(o.Index, l.Size()-1), o.Wait); err != nil {
 		return err
 	}
 	if err := b.begin(ctx); err != nil {

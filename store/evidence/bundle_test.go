@@ -5,7 +5,6 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
-	"database/sql"
 	"encoding/csv"
 	"encoding/hex"
 	"errors"
@@ -310,23 +309,45 @@ func TestTwoExportsOfOneEntryAreTheSameBytes(t *testing.T) {
 	}
 }
 
-func TestAnErasedTextIsInNoMemberAndItsCellSaysSo(t *testing.T) {
-	h := newHouse(t)
-	tell(h)
-	h.l.Close()
-	keys, err := sql.Open("sqlite", filepath.Join(h.o.Dir, "details-keys.db"))
+// erase puts a retention on record under which texts go after a minute, and
+// erases those of entries, each by an erasure of its own. It returns the indexes
+// of the erasures.
+func (h *house) erase(indexes ...int64) (of []int64) {
+	h.t.Helper()
+	e := h.policy("scopes: [] # forgets\n")
+	d, err := store.DetailsAs[store.PolicyDetails](&e.Entry)
 	if err != nil {
-		t.Fatal(err)
+		h.t.Fatal(err)
 	}
-	if _, err := keys.Exec("DELETE FROM keys"); err != nil {
-		t.Fatal(err)
+	d.Retention = map[string]store.Duration{"low": store.Duration(time.Minute)}
+	e.SetDetails(d)
+	h.append(true, e)
+	h.now = h.now.Add(5 * time.Hour)
+	for _, i := range indexes {
+		by := ledger.Eraser{Name: "recorder", Agent: "spiffe://evidence.example/recorder/recorder"}
+		if err := h.l.Erase(h.t.Context(), by, []int64{i}, "low", time.Minute); err != nil {
+			h.t.Fatal(err)
+		}
+		of = append(of, h.l.Size()-1)
 	}
-	keys.Close()
-	h.open()
-	_, files, m := members(t, h.export(h.exported(ledger.Query{}, nil)))
-	if m.Counts.Sealed != 0 || len(files["sealed.jsonl"]) != 0 {
-		t.Errorf("%d openings are left", m.Counts.Sealed)
+	return of
+}
+
+func TestAnErasedTextIsInNoMemberAndItsErasureIs(t *testing.T) {
+	h := newHouse(t)
+	at := tell(h)
+	of := h.erase(at["2 requested"], at["1 requested"], at["1 requested"]+1, at["1 decided"], at["3 requested"])
+	o := h.exported(hour, nil)
+	raw := h.export(o)
+	_, files, _ := members(t, raw)
+	_, index := h.lines(at["policy"], at["1 requested"], at["1 requested"]+1, at["1 decided"], at["1 revoked"], at["1 used late"], at["3 revoked"],
+		of[0]-1, of[1], of[2], of[3], of[4], o.Index) // the retention, and the erasures but that of request 2
+	if string(files["context.index"]) != index {
+		t.Errorf("the context is\n%swant\n%s", files["context.index"], index)
 	}
+	h.verifies(raw, Finding{Kind: KindUse, Index: at["1 used late"]})
+
+	_, files, _ = members(t, h.export(h.exported(ledger.Query{}, nil)))
 	rows, err := csv.NewReader(bytes.NewReader(files["approvals.csv"])).ReadAll()
 	if err != nil || len(rows) != 2 {
 		t.Fatalf("%v, %d rows", err, len(rows))
@@ -335,10 +356,39 @@ func TestAnErasedTextIsInNoMemberAndItsCellSaysSo(t *testing.T) {
 		t.Errorf("%q", r)
 	}
 	for name, b := range files {
-		if bytes.Contains(b, []byte("refund 1")) || bytes.Contains(b, []byte("user:alice")) {
+		if bytes.Contains(b, []byte("refund 1")) || bytes.Contains(b, []byte("user:alice")) || bytes.Contains(b, []byte("read more")) {
 			t.Errorf("%s holds an erased text", name)
 		}
 	}
+}
+
+func TestNothingIsErasedUnderAnExport(t *testing.T) {
+	h := newHouse(t)
+	at := tell(h)
+	h.erase(at["2 requested"])
+	o := h.exported(ledger.Query{}, nil)
+	done := make(chan error)
+	once := false
+	o.Progress = func(int64, int64) {
+		if once {
+			return
+		}
+		once = true
+		go func() {
+			by := ledger.Eraser{Name: "recorder", Agent: "spiffe://evidence.example/recorder/recorder"}
+			done <- h.l.Erase(t.Context(), by, []int64{at["3 requested"]}, "low", time.Minute)
+		}()
+		select {
+		case err := <-done:
+			t.Errorf("it was erased in the middle of an export: %v", err)
+		case <-time.After(50 * time.Millisecond): // long enough to be done, were it let
+		}
+	}
+	raw := h.export(o)
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	h.verifies(raw, Finding{Kind: KindUse, Index: at["1 used late"]})
 }
 
 // broken is a client that goes after n bytes.
@@ -391,5 +441,47 @@ func TestFlatFormatsHoldTheSelectionAlone(t *testing.T) {
 	if want := fmt.Sprintf("%s\n%d,2026-07-01T08:00:00.000000Z,approval.decided,demo,run-1,s1,orders:write,needs-approval,req_1,\"person \"\"user:alice\"\"; reason \"\"fine\"\"\"\n",
 		strings.Join(HistoryColumns, ","), i); table.String() != want {
 		t.Errorf("%s\nwant %s", &table, want)
+	}
+}
+
+func TestTheContextHoldsWhatAStandingApprovalRestsOn(t *testing.T) {
+	h := newHouse(t)
+	rule := store.Rule{Groups: []store.RuleGroup{{Group: "dba", Count: 1}}, Expires: store.Duration(time.Hour), Collect: store.Duration(3 * time.Hour),
+		Standing: &store.StandingLimit{Uses: 3, For: store.Duration(4 * time.Hour)}}
+	first := h.tale("1", "run-1", "orders:write", store.NeedsApproval)
+	asked := first.asked("for the run")
+	asked.SetDetails(store.ApprovalRequestedDetails{Approval: "apr_1", Grant: first.grant, Excluded: []string{}, Rule: rule})
+	at := h.append(false, first.requested("for the run"), asked)
+	approved := first.decided(at+1, store.Approve, "user:alice", "fine")
+	d, err := store.DetailsAs[store.DecidedDetails](&approved.Entry)
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.Standing = &store.StandingTerms{Scopes: []string{"orders:write"}, Uses: 3, Until: store.At(h.now.Add(3 * time.Hour))}
+	approved.Type = store.ApprovalStanding
+	approved.SetDetails(d)
+	decided := h.append(true, approved)
+	intent := first.issuing()
+	issuing := h.append(false, intent, first.issued(intent))
+	unrelated := h.tale("0", "run-0", "orders:read", store.Allow)
+	in := unrelated.issuing()
+	h.append(false, unrelated.requested("other"), in, unrelated.issued(in))
+
+	h.now = h.now.Add(time.Hour) // 9:00
+	second := h.tale("2", "run-1", "orders:write", store.NeedsApproval)
+	requested := second.requested("again")
+	requested.SetDetails(store.RequestedDetails{Grant: second.grant, Body: "b", Join: "join-2", Standing: &store.StandingUse{Request: "req_1", Rule: rule, Excluded: []string{}}})
+	h.append(false, requested)
+	h.now = h.now.Add(time.Hour) // 10:00
+	for name, q := range map[string]ledger.Query{"by time": hour, "by step": {Step: "s2"}} {
+		o := h.exported(q, map[string]string{})
+		if q.Step != "" {
+			o.Filters = map[string]string{"step": q.Step}
+		}
+		_, files, _ := members(t, h.export(o))
+		_, index := h.lines(at, at+1, decided, issuing, issuing+1, o.Index)
+		if string(files["context.index"]) != index {
+			t.Errorf("%s: the context is\n%swant\n%s", name, files["context.index"], index)
+		}
 	}
 }

@@ -52,6 +52,13 @@ type selection struct {
 	filtered bool
 	picked   []int64 // where filtered: ascending
 	context  []int64 // ascending
+	policies []policyAt
+}
+
+// policyAt is a policy.loaded.
+type policyAt struct {
+	index  int64
+	writer string
 }
 
 // filtered reports whether q selects by more than its time.
@@ -338,13 +345,14 @@ func (s *selection) standing(ctx context.Context, add func(int64)) error {
 	}
 	inForce := map[string]int64{} // by writer: recorder and brokers each have a policy of their own
 	if err := s.history(ctx, ledger.Query{Type: string(store.PolicyLoaded)}, 0, func(h *ledger.HistoryEntry) error {
+		writer := memberOf(h.Entry, "writer")
+		s.policies = append(s.policies, policyAt{h.Index, writer})
 		switch {
 		case h.Index >= s.to:
-			return errPast
 		case h.Index >= s.from:
 			add(h.Index)
 		default:
-			inForce[memberOf(h.Entry, "writer")] = h.Index
+			inForce[writer] = h.Index
 		}
 		return nil
 	}); err != nil {
@@ -357,7 +365,7 @@ func (s *selection) standing(ctx context.Context, add func(int64)) error {
 }
 
 // erasures adds each details.erased that names an entry of selection or
-// context.
+// context, and the policy that said how long it had to be kept.
 func (s *selection) erasures(ctx context.Context) error {
 	var more []int64
 	err := s.history(ctx, ledger.Query{Type: string(store.DetailsErased)}, 0, func(h *ledger.HistoryEntry) error {
@@ -374,6 +382,14 @@ func (s *selection) erasures(ctx context.Context) error {
 			return ok || s.holds(i)
 		}) {
 			more = append(more, h.Index)
+			for _, p := range slices.Backward(s.policies) {
+				if p.index < h.Index && p.writer == e.Writer {
+					if !s.holds(p.index) {
+						more = append(more, p.index)
+					}
+					break
+				}
+			}
 		}
 		return nil
 	})
