@@ -18,7 +18,7 @@ func main() {
 	binary := flag.String("countersign", "bin/countersign", "the program to measure")
 	postgres := flag.String("postgres", "", "DSN of a PostgreSQL whose role may create roles; without it the database rows are left out")
 	each := flag.Duration("each", 5*time.Second, "how long each figure is measured")
-	only := flag.String("only", "", "measure only groups whose name contains this: disk, ledger, identity, token, database, approval")
+	only := flag.String("only", "", "measure only groups whose name contains this: disk, ledger, postgres-ledger, million, identity, token, database, approval")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer stop()
@@ -38,6 +38,8 @@ func run(ctx context.Context, binary, postgres string, each time.Duration, only 
 	}{
 		{"disk", disk},
 		{"ledger", ledgerRows},
+		{"postgres-ledger", postgresLedgerRows},
+		{"million", millionRows},
 	}
 	wants := func(name string) bool { return strings.Contains(name, only) }
 	for _, g := range groups {

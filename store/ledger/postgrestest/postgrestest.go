@@ -40,12 +40,16 @@ type Server struct {
 
 // Start makes and starts a server; options are settings of postgresql.conf,
 // such as "max_connections=20". It dies with this process.
-func Start(options ...string) (_ *Server, err error) {
+func Start(options ...string) (*Server, error) { return StartIn("", options...) }
+
+// StartIn is Start with the data below dir, for a disk that is to be measured;
+// the user postgres must be able to get there.
+func StartIn(dir string, options ...string) (_ *Server, err error) {
 	s := &Server{attr: syscall.SysProcAttr{Pdeathsig: syscall.SIGQUIT}}
 	if s.bin, err = programs(); err != nil {
 		return nil, err
 	}
-	if s.dir, err = os.MkdirTemp("", "postgrestest"); err != nil {
+	if s.dir, err = os.MkdirTemp(dir, "postgrestest"); err != nil {
 		return nil, err
 	}
 	defer func() {
