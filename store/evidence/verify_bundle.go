@@ -65,7 +65,7 @@ func verifyBundle(ctx context.Context, b *bundle, r *Report, o *Options) (*Repor
 	}
 	b.compareManifest(head.N)
 	since := r.since(o, head)
-	whole := m.Complete && m.Window.From == 0 && m.Window.To == m.Export.Index
+	whole := m.Complete && m.Window.From == 0 // what follows the window is judged by all that lies in it
 	j, err := newJudge(r, o, whole, true)
 	if err != nil {
 		return nil, err
@@ -577,27 +577,34 @@ func (c *comparison) Write(due []byte) (int, error) {
 				same++
 			}
 		}
-		for _, b := range rest[:same] {
-			if b == '\n' {
-				c.line++
-				c.start = c.start[:0]
-			} else if len(c.start) < 24 {
-				c.start = append(c.start, b)
-			}
-		}
+		c.pass(rest[:same])
 		if same < n || n == 0 || n < len(rest) && n < len(c.buf) {
 			c.differ = true
 			c.text = [2]string{clip(got[same:]), clip(rest[same:])}
-			for _, b := range rest[same:] {
-				if len(c.start) < 24 && b != '\n' {
-					c.start = append(c.start, b)
-				}
-			}
+			line, _, _ := bytes.Cut(rest[same:], []byte("\n"))
+			c.begin(line)
 		}
 		rest = rest[same:]
 	}
 	return len(due), nil
 }
+
+// pass counts the lines of what is as it should be.
+func (c *comparison) pass(b []byte) {
+	if i := bytes.LastIndexByte(b, '\n'); i >= 0 {
+		c.line += int64(bytes.Count(b, []byte("\n")))
+		c.start, b = c.start[:0], b[i+1:]
+	}
+	c.begin(b)
+}
+
+// begin keeps the first bytes of a line.
+func (c *comparison) begin(b []byte) {
+	c.start = append(c.start, b[:min(len(b), lineStart-len(c.start))]...)
+}
+
+// lineStart is how much of a line is kept: it holds an index and a comma.
+const lineStart = 24
 
 // clip cuts the rest of a line for a message.
 func clip(b []byte) string {

@@ -173,8 +173,8 @@ func (j *judge) take(index int64, leaf []byte, e *store.Entry, opened map[string
 // lived follows when credentials begin and end.
 func (j *judge) lived(e *store.Entry) {
 	if e.Type == store.CredentialIssued {
-		if d, err := store.DetailsAs[store.IssuedDetails](e); err == nil {
-			j.lives[idOf(d.Intent)] = &life{expires: d.Expires}
+		if q := j.state.Request(e.Request); q != nil { // admitted, so it has them from e
+			j.lives[idOf(q.Intent)] = &life{expires: q.Expires}
 		}
 		return
 	}
