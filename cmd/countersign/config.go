@@ -64,6 +64,8 @@ type recordConfig struct {
 	Witnesses *witnessesConfig `yaml:"witnesses"` // none: checkpoints are published at once
 	Keep      *keepConfig      `yaml:"keep"`      // none: checkpoints are kept nowhere else
 	SIEM      siem.Config      `yaml:"siem"`      // none: nothing is pushed
+	Retention retentionConfig  `yaml:"retention"` // none: erasable texts are kept for good
+	Export    exportConfig     `yaml:"export"`
 }
 
 type listenConfig struct {
@@ -189,7 +191,7 @@ func (c *recordConfig) check() error {
 			return err
 		}
 	}
-	if err := c.SIEM.Check(); err != nil {
+	if err := errors.Join(c.SIEM.Check(), c.Retention.check(), c.Export.check()); err != nil {
 		return err
 	}
 	return due([][2]string{{"dir", c.Dir}, {"log_key", c.LogKey}, {"privacy_key", c.PrivacyKey}, {"tokens", c.Tokens}})

@@ -11,6 +11,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/go-chi/chi/v5"
 	"github.com/spf13/cobra"
 	"go.uber.org/zap"
 	"golang.org/x/sync/errgroup"
@@ -18,9 +19,12 @@ import (
 	"github.com/countersign-dev/countersign/api/auth"
 	"github.com/countersign-dev/countersign/api/problem"
 	"github.com/countersign-dev/countersign/api/record"
+	"github.com/countersign-dev/countersign/api/respond"
 	"github.com/countersign-dev/countersign/api/review"
 	"github.com/countersign-dev/countersign/api/server"
+	"github.com/countersign-dev/countersign/scopes"
 	"github.com/countersign-dev/countersign/store/ledger"
+	"github.com/countersign-dev/countersign/store/retention"
 	"github.com/countersign-dev/countersign/store/siem"
 )
 
@@ -213,7 +217,7 @@ func (c *recordConfig) options(log *zap.Logger) (*peopleOptions, error) {
 			return nil, err
 		}
 	}
-	o.siem = c.SIEM
+	o.siem, o.retention, o.export = c.SIEM, c.Retention, c.Export
 	return o, nil
 }
 
@@ -228,7 +232,17 @@ type peopleOptions struct {
 	approval    *approvalOptions // nil: nobody is asked for an approval
 	keeping     *keeping         // nil: checkpoints are kept nowhere else
 	siem        siem.Config      // where events are pushed
+	retention   retentionConfig  // how long erasable texts are kept
+	export      exportConfig
 	log         *zap.Logger
+}
+
+// catalogue is the recorder's own, nil where it has none.
+func (o *peopleOptions) catalogue() *scopes.Set {
+	if o.approval == nil {
+		return nil
+	}
+	return o.approval.scopes.Current()
 }
 
 // recorderName is by what the recorder's own entries are on record.
@@ -240,7 +254,9 @@ type people struct {
 	self      record.Self // appends in the recorder's own name
 	refusals  *auth.Refusals
 	writers   *record.Server
-	decisions *decisions   // nil: nobody is asked for an approval
+	decisions *decisions // nil: nobody is asked for an approval
+	retention *retention.Retention
+	exports   *review.Exports
 	pusher    *siem.Pusher // nil: nothing is pushed
 	unkeep    func()       // ends the keeping of checkpoints
 	handler   http.Handler
@@ -273,9 +289,30 @@ func openPeople(ctx context.Context, o *peopleOptions) (*people, error) {
 		p.decisions.routes(r)
 		guard.People = p.decisions.login
 	}
+	// What a crash left to be erased is erased before anybody reads.
+	if p.retention, err = o.retention.open(ctx, l, o.trustDomain, o.ledger.Dir, o.catalogue(), o.log.Named("retention")); err != nil {
+		p.close()
+		return nil, err
+	}
+	if o.approval != nil {
+		o.approval.scopes.OnChange(func(_, set *scopes.Set) error {
+			return o.retention.announce(context.Background(), l, o.trustDomain, set)
+		})
+	}
+	if p.exports, err = openExports(o.export, o, l); err != nil {
+		p.close()
+		return nil, err
+	}
 	p.writers = record.New(l, guard)
 	p.writers.Routes(r)
-	review.New(l, guard, o.public).Routes(r)
+	r.Group(func(r chi.Router) {
+		r.Use(server.Limit(server.MaxBody)) // writers' bodies alone are larger
+		review.New(l, guard, o.public).Routes(r)
+		p.exports.Routes(r, guard)
+		respond.New(respond.Config{
+			Ledger: l, Guard: guard, Name: recorderName, TrustDomain: o.trustDomain, PrivacyKey: o.ledger.PrivacyKey, Now: o.ledger.Now,
+		}).Routes(r)
+	})
 	r.Get("/healthz", ok)
 	r.Get("/readyz", func(w http.ResponseWriter, r *http.Request) {
 		select {
@@ -348,6 +385,14 @@ func (p *people) close() {
 	if p.pusher != nil {
 		if err := p.pusher.Close(); err != nil {
 			p.log.Error("the push to a SIEM did not close cleanly", zap.Error(err))
+		}
+	}
+	if p.exports != nil {
+		p.exports.Close()
+	}
+	if p.retention != nil {
+		if err := p.retention.Close(); err != nil {
+			p.log.Error("the erasure of texts did not close cleanly", zap.Error(err))
 		}
 	}
 	p.decisions.close(p.log)

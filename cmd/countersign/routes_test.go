@@ -59,6 +59,13 @@ var routes = map[string]map[string]reach{
 		"GET /history/people/{person}":      forbidden,
 		"GET /history/credentials/{intent}": forbidden,
 		"GET /history/static/{file}":        forbidden,
+		"GET /history/export":               forbidden,
+		"HEAD /history/export":              forbidden,
+		"GET /history/export/{id}":          forbidden,
+		"GET /history/export/{id}/file":     forbidden,
+		"GET /holds":                        forbidden,
+		"POST /holds":                       forbidden,
+		"DELETE /holds/{id}":                forbidden,
 
 		"GET /tile/entries/*":        forbidden,
 		"GET /checkpoint":            public,
@@ -229,7 +236,7 @@ func TestNoRouteLetsAnOrchestratorReachTheLedgerOrAnothersSteps(t *testing.T) {
 	})
 	forged := `{"v":1,"id":"` + store.NewID() + `","type":"credential.revoked","writer_time":"2026-01-02T15:04:05Z","request":"` + holds["other"].Request + `","details":{}}`
 	fill := func(route, victim string) (target string) {
-		path := strings.NewReplacer("{step}", "step-of-"+victim, "{id}", holds[victim].Request, "{level:[0-9]+}", "0", "*", "000.p/2").Replace(route)
+		path := strings.NewReplacer("{step}", "step-of-"+victim, "{id}", holds[victim].Request, "{level:[0-9]+}", "0", "{index:[0-9]+}", "0", "*", "000.p/2").Replace(route)
 		if path == "/steps/step-of-"+victim+"/credential" {
 			path += "?run=run-of-" + victim
 		}
