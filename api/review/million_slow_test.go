@@ -25,8 +25,10 @@ func (w *world) fillMillion() {
 	started := time.Now()
 	var batch []*store.Submission
 	flush := func() {
-		w.append(recorder, batch...)
-		batch = batch[:0]
+		if len(batch) > 0 {
+			w.append(recorder, batch...)
+			batch = batch[:0]
+		}
 	}
 	for i := 0; w.ledger.Size() < million; i++ {
 		f := w.flow(fmt.Sprintf("run-%d", i/5), []string{"load", "reconcile", "write", "report", "notify"}[i%5], fmt.Sprintf("scope-%d:read", i%23), fmt.Sprintf("postgres://orders-%d", i%7))

@@ -474,7 +474,7 @@ func (s *Server) entry(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	pretty := jsontext.Value(slices.Clone(f.Entries[0].Entry))
-	if err := pretty.Indent(); err != nil {
+	if err := pretty.Indent(jsontext.WithIndent("  ")); err != nil {
 		s.fail(w, r, problem.Internal(err))
 		return
 	}

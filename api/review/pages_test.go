@@ -20,6 +20,7 @@ import (
 	"github.com/countersign-dev/countersign/api/auth"
 	"github.com/countersign-dev/countersign/api/client"
 	"github.com/countersign-dev/countersign/store"
+	"github.com/countersign-dev/countersign/store/evidence"
 )
 
 var spaces = regexp.MustCompile(`\s+`)
@@ -295,7 +296,7 @@ func TestJSONAndCSVArePagedByCursorAndHoldTheSame(t *testing.T) {
 	for next := "/history?limit=100"; next != ""; {
 		resp, body := w.get(auth.Reviewer, "text/csv", next)
 		list, err := csv.NewReader(strings.NewReader(body)).ReadAll()
-		if err != nil || resp.StatusCode != http.StatusOK || !slices.Equal(list[0], Columns) {
+		if err != nil || resp.StatusCode != http.StatusOK || !slices.Equal(list[0], evidence.HistoryColumns) {
 			t.Fatal(err, resp.Status, body)
 		}
 		for i, row := range list[1:] {

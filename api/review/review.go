@@ -28,6 +28,7 @@ import (
 	"github.com/countersign-dev/countersign/api/page"
 	"github.com/countersign-dev/countersign/api/problem"
 	"github.com/countersign-dev/countersign/store"
+	"github.com/countersign-dev/countersign/store/evidence"
 	"github.com/countersign-dev/countersign/store/ledger"
 )
 
@@ -284,7 +285,7 @@ func (s *Server) answer(w http.ResponseWriter, r *http.Request, a *ask) {
 func (s *Server) csv(w http.ResponseWriter, r *http.Request, a *ask, p *client.HistoryPage) {
 	var b bytes.Buffer
 	out := csv.NewWriter(&b)
-	err := out.Write(Columns)
+	err := out.Write(evidence.HistoryColumns)
 	for _, e := range p.Entries {
 		row, rerr := Row(e)
 		err = errors.Join(err, rerr, out.Write(Cells(row)))

@@ -20,6 +20,7 @@ import (
 	"go.uber.org/zap"
 	"golang.org/x/mod/sumdb/note"
 
+	"github.com/countersign-dev/countersign/api/apitest"
 	"github.com/countersign-dev/countersign/api/auth"
 	"github.com/countersign-dev/countersign/api/auth/oidcdev"
 	"github.com/countersign-dev/countersign/api/record"
@@ -52,6 +53,7 @@ type world struct {
 	server *Server
 	verify *store.LogVerifier
 	tokens map[auth.Role]string
+	seen   *apitest.Seen // checks answers against openapi.yaml
 	n      int
 
 	mu  sync.Mutex
@@ -78,6 +80,8 @@ func newWorld(t testing.TB) *world {
 	ok(t, err)
 	w := &world{t: t, now: noon, tokens: map[auth.Role]string{}}
 	w.verify, err = store.NewLogVerifier(vkey)
+	ok(t, err)
+	w.seen, err = apitest.Load()
 	ok(t, err)
 	dir := t.TempDir()
 	w.ledger, err = ledger.Open(t.Context(), ledger.Options{Dir: filepath.Join(dir, "ledger"), Signer: signer, Verifier: vkey, PrivacyKey: key,
@@ -129,7 +133,11 @@ func (w *world) get(role auth.Role, accept, path string) (*http.Response, string
 		req.Header.Set("Authorization", "Bearer "+w.tokens[role])
 	}
 	req.Header.Set("Accept", accept)
-	resp, err := http.DefaultTransport.RoundTrip(req)
+	transport := http.DefaultTransport
+	if accept == "application/json" && !strings.HasPrefix(path, "/history/static/") {
+		transport = w.seen.Transport(w.t, transport)
+	}
+	resp, err := transport.RoundTrip(req)
 	ok(w.t, err)
 	defer resp.Body.Close()
 	b, err := io.ReadAll(resp.Body)

@@ -19,6 +19,7 @@ import (
 
 	"github.com/countersign-dev/countersign/api/client"
 	"github.com/countersign-dev/countersign/api/review"
+	"github.com/countersign-dev/countersign/store/evidence"
 )
 
 // historyFilters are the filters of GET /history, as flags of the same names.
@@ -145,7 +146,7 @@ func (h *history) json(ctx context.Context, w io.Writer) error {
 
 func (h *history) csv(ctx context.Context, w io.Writer) error {
 	out := csv.NewWriter(w)
-	if err := out.Write(review.Columns); err != nil {
+	if err := out.Write(evidence.HistoryColumns); err != nil {
 		return err
 	}
 	err := h.each(ctx, func(e client.HistoryEntry) error {
