@@ -87,139 +87,147 @@ func someQuery(r *rand.Rand) (q Query) {
 }
 
 func TestCountsAndFindsAreWhatIsOnRecordHoweverMuchIsForgottenInBetween(t *testing.T) {
-	f := newFixture(t)
-	l := f.open()
-	x := NewIndex(l)
-	r := rand.New(rand.NewPCG(1, 2))
-	var all []store.Entry
-	series := []Series{{}, {Type: "credential.used"}, {Outcome: "deny"}, {Type: "alert.raised", Outcome: "allow"}, {Type: "freeze.set"}}
-	for round := range 4 {
-		all = append(all, crowd(f, l, r, 600)...)
-		if round == 2 {
-			x.mu.Lock()
-			x.most = 24_000 // bytes: what one query needs, and little else
-			x.mu.Unlock()
-		}
-		base := all[0].Time.Time
-		for range 150 {
-			q := someQuery(r)
-			at := []time.Time{base.Add(-time.Hour)}
-			for range r.IntN(6) {
-				at = append(at, base.Add(time.Duration(r.IntN(300_000))*time.Millisecond))
-			}
-			at = append(at, base.Add(time.Hour))
-			slices.SortFunc(at, time.Time.Compare)
-			tally := counted(t, x, q, at, series)
-			for i, s := range series {
-				want := make([]int64, len(at)-1)
-				for _, e := range all {
-					if matches(f.o.PrivacyKey, &q, &e) && matches(f.o.PrivacyKey, &Query{Type: s.Type, Outcome: s.Outcome}, &e) {
-						for j := range want {
-							if !e.Time.Before(at[j]) && e.Time.Before(at[j+1]) {
-								want[j]++
+	onBoth(t, func(t *testing.T, on engineName) {
+		onBoth(t, func(t *testing.T, on engineName) {
+			f := newFixtureOn(t, on)
+			l := f.open()
+			x := NewIndex(l)
+			r := rand.New(rand.NewPCG(1, 2))
+			var all []store.Entry
+			series := []Series{{}, {Type: "credential.used"}, {Outcome: "deny"}, {Type: "alert.raised", Outcome: "allow"}, {Type: "freeze.set"}}
+			for round := range 4 {
+				all = append(all, crowd(f, l, r, 600)...)
+				if round == 2 {
+					x.mu.Lock()
+					x.most = 24_000 // bytes: what one query needs, and little else
+					x.mu.Unlock()
+				}
+				base := all[0].Time.Time
+				for range 150 {
+					q := someQuery(r)
+					at := []time.Time{base.Add(-time.Hour)}
+					for range r.IntN(6) {
+						at = append(at, base.Add(time.Duration(r.IntN(300_000))*time.Millisecond))
+					}
+					at = append(at, base.Add(time.Hour))
+					slices.SortFunc(at, time.Time.Compare)
+					tally := counted(t, x, q, at, series)
+					for i, s := range series {
+						want := make([]int64, len(at)-1)
+						for _, e := range all {
+							if matches(f.o.PrivacyKey, &q, &e) && matches(f.o.PrivacyKey, &Query{Type: s.Type, Outcome: s.Outcome}, &e) {
+								for j := range want {
+									if !e.Time.Before(at[j]) && e.Time.Before(at[j+1]) {
+										want[j]++
+									}
+								}
+							}
+						}
+						if !slices.Equal(tally.Counts[i], want) {
+							t.Fatalf("%+v, %+v over %v:\ngot  %v\nwant %v", q, s, at, tally.Counts[i], want)
+						}
+					}
+
+					q.Limit, q.Newest = 1+r.IntN(20), r.IntN(2) == 0
+					if r.IntN(2) == 0 {
+						q.From, q.To = at[0], at[len(at)/2]
+					}
+					from, to := int64(r.IntN(len(all))), int64(r.IntN(len(all)+10))
+					var match, want []int64
+					for i, e := range all {
+						if matches(f.o.PrivacyKey, &q, &e) && (q.From.IsZero() || !e.Time.Before(q.From)) && (q.To.IsZero() || e.Time.Before(q.To)) {
+							match = append(match, int64(i))
+							if int64(i) >= from && int64(i) < to {
+								want = append(want, int64(i))
 							}
 						}
 					}
-				}
-				if !slices.Equal(tally.Counts[i], want) {
-					t.Fatalf("%+v, %+v over %v:\ngot  %v\nwant %v", q, s, at, tally.Counts[i], want)
-				}
-			}
-
-			q.Limit, q.Newest = 1+r.IntN(20), r.IntN(2) == 0
-			if r.IntN(2) == 0 {
-				q.From, q.To = at[0], at[len(at)/2]
-			}
-			from, to := int64(r.IntN(len(all))), int64(r.IntN(len(all)+10))
-			var match, want []int64
-			for i, e := range all {
-				if matches(f.o.PrivacyKey, &q, &e) && (q.From.IsZero() || !e.Time.Before(q.From)) && (q.To.IsZero() || e.Time.Before(q.To)) {
-					match = append(match, int64(i))
-					if int64(i) >= from && int64(i) < to {
-						want = append(want, int64(i))
+					if q.Newest {
+						want = want[max(0, len(want)-q.Limit):]
+					} else {
+						want = want[:min(len(want), q.Limit)]
+					}
+					got, err := x.Find(t.Context(), q, from, to)
+					if err != nil {
+						t.Fatal(err)
+					}
+					var idx []int64
+					for _, e := range got.Entries {
+						idx = append(idx, e.Index)
+						p, _ := store.ParseLeaf(e.Entry)
+						if p.ID != all[e.Index].ID || len(p.Sealed) != len(e.Opened) {
+							t.Fatalf("entry %d is another, or not opened", e.Index)
+						}
+					}
+					if !slices.Equal(idx, want) {
+						t.Fatalf("%+v in [%d, %d):\ngot  %v\nwant %v", q, from, to, idx, want)
+					}
+					if len(want) > 0 && (got.Older != (match[0] < want[0]) || got.Newer != (match[len(match)-1] > want[len(want)-1])) {
+						t.Fatalf("%+v: older %t, newer %t around %v of %v", q, got.Older, got.Newer, want, match)
 					}
 				}
 			}
-			if q.Newest {
-				want = want[max(0, len(want)-q.Limit):]
-			} else {
-				want = want[:min(len(want), q.Limit)]
+			x.mu.Lock()
+			defer x.mu.Unlock()
+			if x.bytes > 50_000 {
+				t.Errorf("%d bytes are held", x.bytes)
 			}
-			got, err := x.Find(t.Context(), q, from, to)
-			if err != nil {
-				t.Fatal(err)
+			sum := uint64(0)
+			for _, s := range x.sets {
+				sum += s.bytes
 			}
-			var idx []int64
-			for _, e := range got.Entries {
-				idx = append(idx, e.Index)
-				p, _ := store.ParseLeaf(e.Entry)
-				if p.ID != all[e.Index].ID || len(p.Sealed) != len(e.Opened) {
-					t.Fatalf("entry %d is another, or not opened", e.Index)
-				}
+			if sum != x.bytes {
+				t.Errorf("%d bytes are held, and %d accounted for", sum, x.bytes)
 			}
-			if !slices.Equal(idx, want) {
-				t.Fatalf("%+v in [%d, %d):\ngot  %v\nwant %v", q, from, to, idx, want)
-			}
-			if len(want) > 0 && (got.Older != (match[0] < want[0]) || got.Newer != (match[len(match)-1] > want[len(want)-1])) {
-				t.Fatalf("%+v: older %t, newer %t around %v of %v", q, got.Older, got.Newer, want, match)
-			}
-		}
-	}
-	x.mu.Lock()
-	defer x.mu.Unlock()
-	if x.bytes > 50_000 {
-		t.Errorf("%d bytes are held", x.bytes)
-	}
-	sum := uint64(0)
-	for _, s := range x.sets {
-		sum += s.bytes
-	}
-	if sum != x.bytes {
-		t.Errorf("%d bytes are held, and %d accounted for", sum, x.bytes)
-	}
+		})
+	})
 }
 
 func TestWhatIsNotReadYetIsSaidToBeCountedAndSoonIs(t *testing.T) {
-	f := newFixture(t)
-	l := f.open()
-	crowd(f, l, rand.New(rand.NewPCG(3, 4)), 200)
-	x := &Index{l: l, slots: make(chan struct{}, 1), sets: map[filter]*set{}, most: MaxBytes, borders: map[string]int64{}, choices: map[string]choice{}}
-	x.slots <- struct{}{} // nothing can be read
-	q, at := Query{Run: "run-1"}, []time.Time{{}, f.now.Add(time.Hour)}
-	tally, err := x.Counts(t.Context(), q, at, []Series{{}})
-	if err != nil || !tally.Counting || tally.Counts != nil {
-		t.Fatalf("%+v, %v", tally, err)
-	}
-	// One filter is served by the database meanwhile.
-	q.Limit = 100
-	found, err := x.Find(t.Context(), q, 0, l.Size())
-	if err != nil || len(found.Entries) == 0 {
-		t.Fatal(found, err)
-	}
-	<-x.slots
-	if tally := counted(t, x, q, at, []Series{{}}); tally.Counts[0][0] != int64(len(found.Entries)) {
-		t.Fatalf("%v counted, %d found", tally.Counts, len(found.Entries))
-	}
+	onBoth(t, func(t *testing.T, on engineName) {
+		f := newFixtureOn(t, on)
+		l := f.open()
+		crowd(f, l, rand.New(rand.NewPCG(3, 4)), 200)
+		x := &Index{l: l, slots: make(chan struct{}, 1), sets: map[filter]*set{}, most: MaxBytes, borders: map[string]int64{}, choices: map[string]choice{}}
+		x.slots <- struct{}{} // nothing can be read
+		q, at := Query{Run: "run-1"}, []time.Time{{}, f.now.Add(time.Hour)}
+		tally, err := x.Counts(t.Context(), q, at, []Series{{}})
+		if err != nil || !tally.Counting || tally.Counts != nil {
+			t.Fatalf("%+v, %v", tally, err)
+		}
+		// One filter is served by the database meanwhile.
+		q.Limit = 100
+		found, err := x.Find(t.Context(), q, 0, l.Size())
+		if err != nil || len(found.Entries) == 0 {
+			t.Fatal(found, err)
+		}
+		<-x.slots
+		if tally := counted(t, x, q, at, []Series{{}}); tally.Counts[0][0] != int64(len(found.Entries)) {
+			t.Fatalf("%v counted, %d found", tally.Counts, len(found.Entries))
+		}
+	})
 }
 
 func TestAStoppedLedgerIsNotCounted(t *testing.T) {
-	f := newFixture(t)
-	l := f.open()
-	x := NewIndex(l)
-	crowd(f, l, rand.New(rand.NewPCG(5, 6)), 100)
-	if _, err := x.Find(t.Context(), Query{Limit: 0}, 0, 1); !errors.Is(err, ErrQuery) {
-		t.Error(err)
-	}
-	l.Close()
-	if _, err := x.Counts(t.Context(), Query{Run: "run-1"}, []time.Time{{}, f.now}, []Series{{}}); !errors.Is(err, store.ErrUnavailable) {
-		t.Error(err)
-	}
-	if _, err := x.Find(t.Context(), Query{Run: "run-1", Step: "step-1", Limit: 1}, 0, 100); !errors.Is(err, store.ErrUnavailable) {
-		t.Error(err)
-	}
-	if _, err := l.Receipt(t.Context(), 0); !errors.Is(err, store.ErrUnavailable) {
-		t.Error(err)
-	}
+	onBoth(t, func(t *testing.T, on engineName) {
+		f := newFixtureOn(t, on)
+		l := f.open()
+		x := NewIndex(l)
+		crowd(f, l, rand.New(rand.NewPCG(5, 6)), 100)
+		if _, err := x.Find(t.Context(), Query{Limit: 0}, 0, 1); !errors.Is(err, ErrQuery) {
+			t.Error(err)
+		}
+		l.Close()
+		if _, err := x.Counts(t.Context(), Query{Run: "run-1"}, []time.Time{{}, f.now}, []Series{{}}); !errors.Is(err, store.ErrUnavailable) {
+			t.Error(err)
+		}
+		if _, err := x.Find(t.Context(), Query{Run: "run-1", Step: "step-1", Limit: 1}, 0, 100); !errors.Is(err, store.ErrUnavailable) {
+			t.Error(err)
+		}
+		if _, err := l.Receipt(t.Context(), 0); !errors.Is(err, store.ErrUnavailable) {
+			t.Error(err)
+		}
+	})
 }
 
 func TestTheIndexReadsByTheDatabasesOwnIndexes(t *testing.T) {
@@ -244,35 +252,39 @@ func TestTheIndexReadsByTheDatabasesOwnIndexes(t *testing.T) {
 }
 
 func TestAReceiptProvesAnyEntryToSomebodyElse(t *testing.T) {
-	f := newFixture(t)
-	l := f.open()
-	all := crowd(f, l, rand.New(rand.NewPCG(9, 10)), 300)
-	x := NewIndex(l)
-	for _, i := range []int64{0, 1, 255, 256, 299} {
-		r, err := l.Receipt(t.Context(), i)
-		if err != nil {
-			t.Fatal(err)
-		}
-		e, err := f.verify.Check(*r)
-		if err != nil || e.ID != all[i].ID {
-			t.Fatalf("entry %d: %v", i, err)
-		}
-		if at, err := x.Lookup(t.Context(), e.ID); err != nil || at != i {
-			t.Fatalf("looked up at %d: %v", at, err)
-		}
-	}
-	for _, i := range []int64{-1, 300} {
-		if _, err := l.Receipt(t.Context(), i); !errors.Is(err, ErrNotFound) {
-			t.Errorf("entry %d: %v", i, err)
-		}
-	}
-	if _, err := x.Lookup(t.Context(), "nothing"); !errors.Is(err, ErrNotFound) {
-		t.Error(err)
-	}
-	if v, err := x.Values(t.Context(), "scope", 3); err != nil || !slices.Equal(v, []string{"scope:0", "scope:1", "scope:2"}) {
-		t.Error(v, err)
-	}
-	if _, err := x.Values(t.Context(), "body", 3); !errors.Is(err, ErrQuery) {
-		t.Error(err)
-	}
+	onBoth(t, func(t *testing.T, on engineName) {
+		onBoth(t, func(t *testing.T, on engineName) {
+			f := newFixtureOn(t, on)
+			l := f.open()
+			all := crowd(f, l, rand.New(rand.NewPCG(9, 10)), 300)
+			x := NewIndex(l)
+			for _, i := range []int64{0, 1, 255, 256, 299} {
+				r, err := l.Receipt(t.Context(), i)
+				if err != nil {
+					t.Fatal(err)
+				}
+				e, err := f.verify.Check(*r)
+				if err != nil || e.ID != all[i].ID {
+					t.Fatalf("entry %d: %v", i, err)
+				}
+				if at, err := x.Lookup(t.Context(), e.ID); err != nil || at != i {
+					t.Fatalf("looked up at %d: %v", at, err)
+				}
+			}
+			for _, i := range []int64{-1, 300} {
+				if _, err := l.Receipt(t.Context(), i); !errors.Is(err, ErrNotFound) {
+					t.Errorf("entry %d: %v", i, err)
+				}
+			}
+			if _, err := x.Lookup(t.Context(), "nothing"); !errors.Is(err, ErrNotFound) {
+				t.Error(err)
+			}
+			if v, err := x.Values(t.Context(), "scope", 3); err != nil || !slices.Equal(v, []string{"scope:0", "scope:1", "scope:2"}) {
+				t.Error(v, err)
+			}
+			if _, err := x.Values(t.Context(), "body", 3); !errors.Is(err, ErrQuery) {
+				t.Error(err)
+			}
+		})
+	})
 }
