@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"filippo.io/torchwood"
 	"golang.org/x/mod/sumdb/tlog"
@@ -17,11 +18,19 @@ import (
 type Database struct{ r *ledger.Reader }
 
 // OpenDatabase opens the ledger at path for reading: a database file, the
-// directory of one, or a PostgreSQL connection string, as ledger.IsPostgres
-// knows one.
+// directory of one, a PostgreSQL connection string, as ledger.IsPostgres knows
+// one, or a file that holds such a string.
 func OpenDatabase(path string) (*Database, error) {
 	if info, err := os.Stat(path); err == nil && info.IsDir() {
 		path = filepath.Join(path, "ledger.db")
+	} else if err == nil && info.Size() < maxDSN {
+		text, err := os.ReadFile(path)
+		if err != nil {
+			return nil, fmt.Errorf("%w: %w", ErrUnchecked, err)
+		}
+		if ledger.IsPostgres(string(text)) {
+			path = strings.TrimRight(string(text), "\r\n")
+		}
 	}
 	r, err := ledger.ReadOnly(path)
 	if err != nil {
@@ -29,6 +38,10 @@ func OpenDatabase(path string) (*Database, error) {
 	}
 	return &Database{r}, nil
 }
+
+// maxDSN bounds a file that holds a connection string, in bytes. A database is
+// larger.
+const maxDSN = 4096
 
 // Close closes the database.
 func (d *Database) Close() error { return d.r.Close() }

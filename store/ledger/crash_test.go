@@ -53,6 +53,14 @@ func TestMain(m *testing.M) {
 // to try.
 var fewChecks bool
 
+// checkSome sets it for the next test: each history writes a ledger to disk, or
+// has a schema made.
+func checkSome(on engineName) {
+	if fewChecks {
+		flag.Set("rapid.checks", map[engineName]string{onSQLite: "20", onPostgres: "5"}[on])
+	}
+}
+
 // acked is one line of the child's output: an append that was answered.
 type acked struct {
 	ID    string
@@ -337,9 +345,7 @@ func TestOfFiftyRacersForOneJoinOneWins(t *testing.T) {
 
 func TestWhateverIsAppendedTheLogHoldsWhatWasAcknowledgedInOrder(t *testing.T) {
 	onBoth(t, func(t *testing.T, on engineName) {
-		if fewChecks { // each writes a ledger to disk, or has a schema made
-			flag.Set("rapid.checks", map[engineName]string{onSQLite: "20", onPostgres: "5"}[on])
-		}
+		checkSome(on)
 		rapid.Check(t, func(rt *rapid.T) {
 			f := newFixtureOn(t, on)
 			l := f.open()

@@ -3,6 +3,7 @@ package ledger
 import (
 	"context"
 	"errors"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -243,6 +244,80 @@ func TestALedgerPutBackToAnOlderDumpIsNoticedAndANewerOneGoesOn(t *testing.T) {
 	if err != nil || p.Entries[0].Opened["reason"] != "because" {
 		t.Fatalf("sealed texts: %v, %v", p, err)
 	}
+}
+
+func TestABaseBackupTakenUnderLoadIsAWholePrefixAndOlderThanTheHead(t *testing.T) {
+	f := newFixtureOn(t, onPostgres)
+	f.o.Now = time.Now
+	l := f.open()
+	w := startLoad(t, l)
+	w.more(50)
+	b, err := sharedServer(t).Backup()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer b.Remove()
+	w.more(50)
+	w.end()
+	head := l.Head()
+	l.Close()
+	g := f.beside()
+	g.o.Postgres = dsnAs(b.DSN, "recorder", f.postgres().schema)
+	g.refuses() // by the head file, which signs more
+	// On its own, with the checkpoint that it ends with, it is a whole log.
+	r, err := ReadOnly(g.o.Postgres)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	note, err := r.Checkpoint(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	g.o.Dir = t.TempDir()
+	if err := os.WriteFile(filepath.Join(g.o.Dir, "head"), []byte(note), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	copyFile(t, filepath.Join(f.o.Dir, "details-keys.db"), filepath.Join(g.o.Dir, "details-keys.db"))
+	restored := g.open()
+	if err := restored.recheck(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if n := restored.Size(); n < 50 || n >= int64(len(w.acked)) {
+		t.Fatalf("%d entries in the backup, %d in all", n, len(w.acked))
+	}
+	// And the log that went on continues it.
+	f.continues(f.open(), note)
+	if c, err := f.verify.Checkpoint(head); err != nil || c.N != int64(len(w.acked)) {
+		t.Fatal(c, err)
+	}
+}
+
+func TestACopyByVacuumIntoIsALedgerAndOneTakenEarlierIsRefused(t *testing.T) {
+	f := newFixture(t)
+	l := f.open()
+	f.append(l, used("r1"))
+	vacuum := func() string {
+		to := filepath.Join(t.TempDir(), "backup.db")
+		db := f.raw()
+		defer db.Close()
+		if _, err := db.Exec("VACUUM INTO ?", to); err != nil {
+			t.Fatal(err)
+		}
+		return to
+	}
+	old := vacuum() // while the recorder runs
+	f.append(l, used("r2"))
+	now := vacuum()
+	l.Close()
+	copyFile(t, old, f.path())
+	f.refuses()
+	copyFile(t, now, f.path())
+	l = f.open()
+	if err := l.recheck(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	f.append(l, used("r3"))
 }
 
 func TestAnEntryThatTheDatabaseRefusesSpoilsNoOther(t *testing.T) {

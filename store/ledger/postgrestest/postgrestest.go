@@ -109,6 +109,32 @@ func (s *Server) Command(name string, args ...string) *exec.Cmd {
 	return cmd
 }
 
+// Backup takes a base backup, WAL included, and starts a server of its own on it.
+func (s *Server) Backup() (_ *Server, err error) {
+	b := &Server{attr: s.attr, bin: s.bin, DSN: s.DSN}
+	if b.dir, err = os.MkdirTemp(filepath.Dir(s.dir), "postgrestest"); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			_ = b.Remove()
+		}
+	}()
+	if c := s.attr.Credential; c != nil {
+		if err := os.Chown(b.dir, int(c.Uid), int(c.Gid)); err != nil {
+			return nil, err
+		}
+	}
+	if out, err := s.Command("pg_basebackup", "-d", s.DSN, "-D", b.Data(), "-X", "stream", "-c", "fast", "--no-sync").CombinedOutput(); err != nil {
+		return nil, fmt.Errorf("pg_basebackup: %w: %s", err, out)
+	}
+	if b.port, err = freePort(); err != nil {
+		return nil, err
+	}
+	b.DSN = strings.Replace(s.DSN, fmt.Sprintf(":%d/", s.port), fmt.Sprintf(":%d/", b.port), 1)
+	return b, b.Restart()
+}
+
 // Restart starts a server that was stopped or killed, on the same port and data,
 // and waits until it answers.
 func (s *Server) Restart() (err error) {
