@@ -12,9 +12,11 @@
 package main
 
 import (
+	"archive/zip"
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -290,6 +292,45 @@ func (d *demo) record(ctx context.Context) error {
 		return errors.New("the log verified under a key that is not its own: " + out)
 	}
 	say("Under any other key it does not verify.")
+	return d.evidence(ctx, env)
+}
+
+// evidence takes the record away as a bundle and verifies it with nothing but
+// the file and the log's key.
+func (d *demo) evidence(ctx context.Context, env []string) error {
+	chapter("What a reviewer takes home, and checks without us")
+	file := filepath.Join(d.dir, "review.zip")
+	if _, err := command(ctx, env, d.binary, "export", "-o", file); err != nil {
+		return err
+	}
+	show("$ countersign export -o review.zip", "")
+	out, err := command(ctx, []string{"COUNTERSIGN_RECORDER=", "COUNTERSIGN_TOKEN="}, d.binary, "verify", file, "--key", d.dev.LogKey)
+	if err != nil {
+		return err
+	}
+	if !strings.HasPrefix(out, "verified: ") || !strings.Contains(out, "complete: ") {
+		return errors.New("verify says of the bundle: " + out)
+	}
+	show("$ countersign verify review.zip --key "+d.dev.LogKey, "")
+	show("", out)
+	r, err := zip.OpenReader(file)
+	if err != nil {
+		return err
+	}
+	defer r.Close()
+	report, err := r.Open("REPORT.html")
+	if err != nil {
+		return err
+	}
+	defer report.Close()
+	html, err := io.ReadAll(report)
+	if err != nil {
+		return err
+	}
+	if !strings.Contains(string(html), runID) {
+		return errors.New("REPORT.html does not tell of " + runID)
+	}
+	say("REPORT.html in it answers the reviewer's four questions on one page, %d KiB.", len(html)>>10)
 	return nil
 }
 

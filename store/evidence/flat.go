@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"encoding/csv"
+	"fmt"
 	"io"
 	"maps"
 	"slices"
@@ -20,6 +21,10 @@ import (
 // HistoryColumns are the columns of history as a table.
 var HistoryColumns = []string{"index", "time", "type", "orchestrator", "run", "step", "scope", "outcome", "request", "details"}
 
+// maxRowText is the longest text in bytes that a row shows. A catalogue, or an
+// ID token, would push everything else out of sight.
+const maxRowText = 2000
+
 // HistoryRow is one entry in HistoryColumns.
 func HistoryRow(index int64, e *store.Entry, opened map[string]string) []string {
 	outcome := ""
@@ -34,6 +39,10 @@ func HistoryRow(index int64, e *store.Entry, opened map[string]string) []string 
 		more = append(more, e.Decision.Reasons...)
 	}
 	for _, field := range slices.Sorted(maps.Keys(opened)) {
+		if n := len(opened[field]); n > maxRowText {
+			more = append(more, fmt.Sprintf("%s of %d bytes, in the entry itself", field, n))
+			continue
+		}
 		more = append(more, field+" "+strconv.Quote(opened[field]))
 	}
 	return []string{
