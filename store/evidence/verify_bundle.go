@@ -2,7 +2,9 @@ package evidence
 
 import (
 	"bytes"
+	"cmp"
 	"context"
+	"encoding/base64"
 	"encoding/hex"
 	"fmt"
 	"maps"
@@ -413,10 +415,12 @@ func (p *pipeline) parse(it *piece) {
 		var s struct {
 			Index int64  `json:"index"`
 			Field string `json:"field"`
-			Salt  []byte `json:"salt"`
+			Salt  string `json:"salt"`
 			Text  string `json:"text"`
 		}
-		if err := json.Unmarshal(line, &s, json.RejectUnknownMembers(true)); err != nil {
+		err := json.Unmarshal(line, &s, json.RejectUnknownMembers(true))
+		salt, err2 := base64.StdEncoding.Strict().DecodeString(s.Salt) // one salt has one form
+		if err = cmp.Or(err, err2); err != nil {
 			r.add(it.index, KindOpening, "sealed.jsonl: %v", err)
 			continue
 		}
@@ -425,7 +429,7 @@ func (p *pipeline) parse(it *piece) {
 			r.add(it.index, KindOpening, "the texts of its fields are out of order, or one is there twice")
 		case !ok:
 			r.add(it.index, KindOpening, "a text of %.100q, to which it does not commit", s.Field)
-		case !store.Opening{Salt: s.Salt, Text: s.Text}.Opens(s.Field, commitment):
+		case !store.Opening{Salt: salt, Text: s.Text}.Opens(s.Field, commitment):
 			r.add(it.index, KindOpening, "the text of %q does not open the commitment: text or salt is another", s.Field)
 		default:
 			if it.opened == nil {
