@@ -5,6 +5,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/countersign-dev/countersign/scopes"
 	"github.com/countersign-dev/countersign/store"
 )
 
@@ -509,6 +510,21 @@ func (x *index) step(k stepKey) []string {
 		ids = append(ids, id)
 	}
 	return ids
+}
+
+// risk is that of the most sensitive of a step's credentials which are live or
+// being minted: nil where there are none.
+func (x *index) risk(k stepKey) *store.Risk {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	var most *store.Risk
+	rank := func(r *store.Risk) int { return slices.Index(scopes.Sensitivities, r.Sensitivity) }
+	for id := range x.steps[k] {
+		if t := x.requests[id]; t != nil && t.story.Risk != nil && (most == nil || rank(t.story.Risk) > rank(most)) {
+			most = t.story.Risk
+		}
+	}
+	return most
 }
 
 // pick returns the requests for which pick is true.

@@ -493,8 +493,11 @@ func (b *Broker) Finish(ctx context.Context, c Caller, r Result) (Revoked, error
 		return Revoked{}, ErrShuttingDown
 	}
 	defer b.work.Done()
+	k := stepKey{c.Orchestrator, r.Run, r.Step}
+	// The summary is kept as long as what is said of the step's credentials; of a
+	// step that has none left, as long as what is about no scope.
 	s := b.submission(store.StepFinished, &store.Entry{
-		Agent: issuer.SPIFFEID(b.TrustDomain, c.Orchestrator, r.Run, r.Step), Orchestrator: c.Orchestrator, Run: r.Run, Step: r.Step,
+		Agent: issuer.SPIFFEID(b.TrustDomain, c.Orchestrator, r.Run, r.Step), Orchestrator: c.Orchestrator, Run: r.Run, Step: r.Step, Risk: b.index.risk(k),
 	})
 	s.SetDetails(store.FinishedDetails{Outcome: r.Outcome, Target: r.Target})
 	s.Seal(store.SealedSummary, r.Summary)
@@ -503,7 +506,7 @@ func (b *Broker) Finish(ctx context.Context, c Caller, r Result) (Revoked, error
 	if _, err := b.append(ctx, s); err != nil {
 		return Revoked{}, err
 	}
-	return b.revokeStep(ctx, stepKey{c.Orchestrator, r.Run, r.Step}, CauseFinished)
+	return b.revokeStep(ctx, k, CauseFinished)
 }
 
 // Withdraw takes a pending request back.

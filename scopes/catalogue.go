@@ -148,7 +148,7 @@ func (r *reader) scope(n ast.Node) *Scope {
 		sc.Description = strings.TrimSpace(sc.Description)
 	}
 	if v := f.get("sensitivity"); v != nil {
-		sc.Sensitivity = r.oneOf(v, "sensitivity", "low", "sensitive", "critical")
+		sc.Sensitivity = r.oneOf(v, "sensitivity", Sensitivities...)
 	} else {
 		missing("sensitivity", "write `sensitivity:` low, sensitive or critical")
 	}

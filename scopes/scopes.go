@@ -71,12 +71,15 @@ type Set struct {
 // Text is what a Set was read from.
 type Text struct{ Catalogue, Policy string }
 
+// Sensitivities are those that a scope can have, the least first.
+var Sensitivities = []string{"low", "sensitive", "critical"}
+
 // Scope is one thing that may be asked for.
 type Scope struct {
 	Name        string
 	Description string
 	Target      string // what is reached, for the record; may hold {{param}}
-	Sensitivity string // low, sensitive or critical
+	Sensitivity string // one of Sensitivities
 	MaxTTL      time.Duration
 	DefaultTTL  time.Duration // MaxTTL where the catalogue names none
 	Ask         []string      // globs over orchestrators, anchored; empty: nobody

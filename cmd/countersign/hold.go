@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"path/filepath"
+	"slices"
 	"text/tabwriter"
 	"time"
 
@@ -25,9 +26,7 @@ type retentionConfig map[string]time.Duration
 
 func (c retentionConfig) check() error {
 	for class, kept := range c {
-		switch class {
-		case "low", "sensitive", "critical", "default":
-		default:
+		if class != "default" && !slices.Contains(scopes.Sensitivities, class) {
 			return fmt.Errorf("retention.%s: want low, sensitive, critical or default", class)
 		}
 		if kept < retention.Least {
