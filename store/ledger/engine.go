@@ -37,6 +37,9 @@ type engine interface {
 	// is $1 and whose idx lies in [$2, $3), in the order of idx (order is "" or
 	// " DESC"), read from that column's index alone; and is a further condition.
 	walk(column, and, order string) string
+	// also is a condition for walk: that a further column of a is the n'th
+	// argument.
+	also(column string, n int) string
 	// sealedFields is an expression: how many sealed fields a body names.
 	sealedFields(body string) string
 	// checkColumns compares the generated columns of entries [from, to) with their

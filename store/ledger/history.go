@@ -178,8 +178,8 @@ func (l *Ledger) readContext(ctx context.Context) (context.Context, error) {
 const selective = 2_000
 
 // plan writes the statement. The index that matches fewest rows is walked in the
-// order of idx; each other filter is a seek in its own index by (value, idx), so
-// that no body is read, and no JSON parsed, for an entry that does not match.
+// order of idx; no body is read, and no JSON parsed, for an entry that does not
+// match the others.
 // SQLite's planner has no statistics to choose by, since they would have to be
 // kept up to date, and PostgreSQL's know nothing of [from, to): counting up to a
 // bound is cheaper.
@@ -203,8 +203,7 @@ func (l *Ledger) plan(ctx context.Context, fs []filter, from, to int64, order st
 	for i, f := range fs {
 		if i != best {
 			args = append(args, f.value)
-			// LIMIT keeps PostgreSQL from making a join of it, in an order of its own.
-			fmt.Fprintf(&also, " AND EXISTS (SELECT 1 FROM entries b%s WHERE b.%s = $%d AND b.idx = a.idx LIMIT 1)", l.e.by("entries_"+f.column), f.column, len(args))
+			also.WriteString(l.e.also(f.column, len(args)))
 		}
 	}
 	return "SELECT e.idx, e.body FROM (SELECT a.idx " + l.e.walk(fs[best].column, also.String(), order) + " LIMIT $4) m CROSS JOIN entries e WHERE e.idx = m.idx ORDER BY e.idx", args, nil

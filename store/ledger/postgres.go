@@ -168,6 +168,10 @@ func (*postgres) walk(column, and, order string) string {
 	return fmt.Sprintf("FROM entries a WHERE a.%[1]s IS NOT NULL AND (a.%[1]s, a.idx) >= ($1::text, $2::bigint) AND (a.%[1]s, a.idx) < ($1::text, $3::bigint)%[2]s ORDER BY a.%[1]s%[3]s, a.idx%[3]s", column, and, order)
 }
 
+func (*postgres) also(column string, n int) string {
+	return fmt.Sprintf(" AND a.%s = $%d", column, n)
+}
+
 func (*postgres) sealedFields(body string) string {
 	return "(SELECT count(*) FROM json_object_keys(" + body + "::json -> 'sealed'))"
 }

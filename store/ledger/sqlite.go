@@ -60,6 +60,12 @@ func (*sqliteDB) walk(column, and, order string) string {
 	return fmt.Sprintf("FROM entries a INDEXED BY entries_%s WHERE a.%[1]s = $1 AND a.idx >= $2 AND a.idx < $3%s ORDER BY a.idx%s", column, and, order)
 }
 
+// also seeks (value, idx) in the column's own index: the column itself would be
+// parsed out of the body.
+func (*sqliteDB) also(column string, n int) string {
+	return fmt.Sprintf(" AND EXISTS (SELECT 1 FROM entries b INDEXED BY entries_%s WHERE b.%[1]s = $%d AND b.idx = a.idx)", column, n)
+}
+
 func (*sqliteDB) sealedFields(body string) string {
 	return "(SELECT count(*) FROM json_each(" + body + ", '$.sealed'))"
 }
