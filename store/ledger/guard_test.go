@@ -13,6 +13,8 @@ import (
 	"github.com/countersign-dev/countersign/store/ledger/postgrestest"
 	"github.com/go-json-experiment/json/jsontext"
 	"github.com/jackc/pgx/v5"
+	"go.uber.org/zap"
+	"go.uber.org/zap/zaptest/observer"
 )
 
 // logIn connects as user, past the ledger.
@@ -214,8 +216,16 @@ func TestARoleThatMayNotMakeTheSchemaIsToldWhoMay(t *testing.T) {
 	if _, err := Open(t.Context(), f.o); err == nil || !strings.Contains(err.Error(), "countersign ledger init") {
 		t.Fatalf("got %v", err)
 	}
-	f.o.Postgres = dsnAs(f.o.Postgres, "owner", "made_at_once")
-	f.append(f.open(), used("r"))
+	// Who may make it does, and is told what that means.
+	core, log := observer.New(zap.WarnLevel)
+	f.o.Postgres, f.o.Log = dsnAs(f.o.Postgres, "owner", "made_at_once"), zap.New(core)
+	l := f.open()
+	f.append(l, used("r"))
+	l.Close()
+	f.open()
+	if log.FilterMessageSnippet("could take their triggers away").Len() != 1 {
+		t.Errorf("said: %v", log.All())
+	}
 }
 
 func TestALedgerPutBackToAnOlderDumpIsNoticedAndANewerOneGoesOn(t *testing.T) {

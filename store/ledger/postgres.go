@@ -296,7 +296,10 @@ func (p *postgres) ensureSchema(ctx context.Context, c *sql.Conn) error {
 		return err
 	}
 	if len(found) > 0 {
-		return p.compare(found)
+		if err := p.compare(found); err != nil {
+			return err
+		}
+		return p.warnOwner(ctx, c)
 	}
 	// The schema itself may be there, made by who may make one.
 	var there bool
@@ -321,6 +324,17 @@ func (p *postgres) ensureSchema(ctx context.Context, c *sql.Conn) error {
 		return err
 	}
 	return p.compare(found)
+}
+
+// warnOwner says in the log that a recorder runs as who could take the triggers
+// away.
+func (p *postgres) warnOwner(ctx context.Context, c *sql.Conn) error {
+	var owns bool
+	err := c.QueryRowContext(ctx, "SELECT pg_has_role(nspowner, 'USAGE') OR pg_has_role((SELECT relowner FROM pg_class WHERE oid = to_regclass('entries')), 'USAGE') FROM pg_namespace WHERE nspname = $1", p.schema).Scan(&owns)
+	if err == nil && owns {
+		p.log.Warn("the ledger's tables belong to the role that the recorder runs as, which could take their triggers away: have another role own them, see `countersign ledger init`", zap.String("role", p.config.User))
+	}
+	return err
 }
 
 // compare compares the schema as it stands with what it should be.
