@@ -77,7 +77,7 @@ func (c retentionConfig) open(ctx context.Context, l *ledger.Ledger, trustDomain
 	if err := c.announce(ctx, l, trustDomain, set); err != nil {
 		return nil, err
 	}
-	return retention.Open(ctx, retention.Config{Ledger: l, By: eraser(trustDomain), Kept: c.kept(set), File: filepath.Join(dir, "retention"), Log: log})
+	return retention.Open(ctx, retention.Config{Ledger: l, By: eraser(trustDomain), File: filepath.Join(dir, "retention"), Log: log})
 }
 
 func eraser(trustDomain string) ledger.Eraser {

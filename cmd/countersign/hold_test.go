@@ -57,7 +57,7 @@ func TestAHoldIsPlacedListedAndLiftedFromTheCommandLine(t *testing.T) {
 	keeper, err := kept.open(t.Context(), l, o.trustDomain, dir, set, zap.NewNop())
 	must(t, err)
 	defer keeper.Close()
-	last, err := l.Retention(t.Context(), recorderName)
+	last, err := l.Loaded(t.Context(), recorderName)
 	must(t, err)
 	if last == nil || time.Duration(last.Retention["low"]) != time.Hour || time.Duration(last.Retention[""]) != 2*time.Hour || last.Digest != set.Digest() {
 		t.Fatalf("on record: %+v", last)

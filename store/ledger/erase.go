@@ -68,11 +68,11 @@ type erasing struct {
 	jobs chan func()  // for the writing goroutine
 
 	mu     sync.Mutex
-	upTo   int64                                // the log is known below it
-	kept   map[string]map[string]store.Duration // by writer: how long, by sensitivity
-	holds  map[string]store.HoldDetails         // by entry ID, those not lifted
-	erased bitset                               // by index
-	broke  func(stage string) error             // test only: what breaks off between stages
+	upTo   int64                          // the log is known below it
+	loaded map[string]store.PolicyDetails // the last of each writer
+	holds  map[string]store.HoldDetails   // by entry ID, those not lifted
+	erased bitset                         // by index
+	broke  func(stage string) error       // test only: what breaks off between stages
 }
 
 // bitset is a set of indexes: an eighth of a byte for each entry of the log.
@@ -104,7 +104,7 @@ func (l *Ledger) guard(ctx context.Context, by Author, g *group) (_ context.Cont
 		case store.DetailsErased:
 			return nil, nil, fmt.Errorf("%w: details.erased is written by the recorder's own erasures alone", store.ErrMalformed)
 		case store.HoldPlaced:
-			locks = true
+			locks = locks || by.Recorder // a writer's is refused, and waits for nobody before
 		case store.PolicyLoaded:
 			d, err := store.DetailsAs[store.PolicyDetails](e)
 			if err != nil {
@@ -127,8 +127,8 @@ func (l *Ledger) guard(ctx context.Context, by Author, g *group) (_ context.Cont
 // learn reads what came on record since it last did. mu is held.
 func (l *Ledger) learn(ctx context.Context) error {
 	s := &l.erasing
-	if s.kept == nil {
-		s.kept, s.holds = map[string]map[string]store.Duration{}, map[string]store.HoldDetails{}
+	if s.loaded == nil {
+		s.loaded, s.holds = map[string]store.PolicyDetails{}, map[string]store.HoldDetails{}
 	}
 	size := l.Size()
 	if size == s.upTo {
@@ -141,9 +141,7 @@ func (l *Ledger) learn(ctx context.Context) error {
 			var err error
 			switch t {
 			case store.PolicyLoaded:
-				var d store.PolicyDetails
-				d, err = store.DetailsAs[store.PolicyDetails](e)
-				s.kept[e.Writer] = d.Retention
+				s.loaded[e.Writer], err = store.DetailsAs[store.PolicyDetails](e)
 			case store.HoldPlaced:
 				s.holds[e.ID], err = store.DetailsAs[store.HoldDetails](e)
 			case store.HoldLifted:
@@ -195,7 +193,7 @@ func sensitivity(e *store.Entry) string {
 // judge says why the texts of entry i may not be erased at now: nil where they
 // may. mu is held.
 func (l *Ledger) judge(i int64, e *store.Entry, by Eraser, kept time.Duration, now store.Time) *ErasureError {
-	kept = max(kept, time.Duration(l.erasing.kept[by.Name][OfScope+e.Action]))
+	kept = max(kept, time.Duration(l.erasing.loaded[by.Name].Retention[OfScope+e.Action]))
 	refuse := func(c ErasureCode, m string) *ErasureError { return &ErasureError{Code: c, Index: i, Message: m} }
 	switch {
 	case len(e.Sealed) == 0:
@@ -297,7 +295,7 @@ func (l *Ledger) recordErasure(ctx context.Context, by Eraser, indexes []int64, 
 	if i := indexes[len(indexes)-1]; i >= l.Size() {
 		return nil, &ErasureError{ErasureUnknown, i, "there is no such entry"}
 	}
-	least, named := s.kept[by.Name][class]
+	least, named := s.loaded[by.Name].Retention[class]
 	if !named || least <= 0 || kept < time.Duration(least) {
 		return nil, &ErasureError{ErasureRetention, -1, fmt.Sprintf("the policy on record does not let texts of sensitivity %q go after %s", class, kept)}
 	}
@@ -552,7 +550,7 @@ func (l *Ledger) Due(ctx context.Context, by Eraser, class Class, kept time.Dura
 	}
 	l.erasing.mu.Lock()
 	err = l.learn(ctx)
-	kinds := l.erasing.kept[by.Name] // replaced by a change, never written to
+	kinds := l.erasing.loaded[by.Name].Retention // replaced by a change, never written to
 	l.erasing.mu.Unlock()
 	if err != nil {
 		return nil, from, err
@@ -684,37 +682,17 @@ func (l *Ledger) checkMissing(ctx context.Context, q querier, from, to int64, un
 	return nil
 }
 
-// Retention returns how long texts are kept by the last policy.loaded of the
-// writer named, by sensitivity, and its details: nil where there is none.
-func (l *Ledger) Retention(ctx context.Context, writer string) (last *store.PolicyDetails, err error) {
-	for to := l.Size(); to > 0 && last == nil; {
-		var page []int64
-		if err := each(ctx, l.r, func(rows *sql.Rows) error {
-			var i int64
-			err := rows.Scan(&i)
-			page = append(page, i)
-			return err
-		}, "SELECT a.idx "+l.e.walk("type", "", " DESC")+" LIMIT $4", string(store.PolicyLoaded), 0, to, chunk); err != nil {
-			return nil, l.readErr(err)
-		}
-		if len(page) == 0 {
-			break
-		}
-		to = page[len(page)-1]
-		leaves, err := l.leaves(ctx, page)
-		if err != nil {
-			return nil, err
-		}
-		for _, p := range leaves { // descending
-			e, err := store.ParseLeaf(p.Leaf)
-			if err != nil {
-				return nil, l.readErr(fmt.Errorf("%w: entry %d: %w", ErrMismatch, p.Index, err))
-			}
-			if e.Writer == writer {
-				d, err := store.DetailsAs[store.PolicyDetails](e)
-				return &d, err
-			}
-		}
+// Loaded returns the last policy.loaded of the writer named, whose Retention must
+// not be changed: nil where there is none. It is safe for concurrent use.
+func (l *Ledger) Loaded(ctx context.Context, writer string) (*store.PolicyDetails, error) {
+	l.erasing.mu.Lock()
+	defer l.erasing.mu.Unlock()
+	if err := l.learn(ctx); err != nil {
+		return nil, err
 	}
-	return last, nil
+	d, ok := l.erasing.loaded[writer]
+	if !ok {
+		return nil, nil
+	}
+	return &d, nil
 }

@@ -30,11 +30,7 @@ const Least = time.Hour
 // Config is what Open needs. Ledger, By and File must be set.
 type Config struct {
 	Ledger *ledger.Ledger
-	By     ledger.Eraser
-	// Kept is how long texts are kept, as the last policy.loaded of By has it on
-	// record (see Announce): by sensitivity, "" for what is about no scope, and by
-	// ledger.OfScope and a scope's name. What is not named is kept for good.
-	Kept map[string]time.Duration
+	By     ledger.Eraser // whose last policy.loaded says how long texts are kept, see Announce
 	// File remembers how far the log is done, so that no tick goes over all of it.
 	// It can be derived again: lost, the next tick begins at the beginning.
 	File  string
@@ -58,11 +54,12 @@ type progress struct {
 	Log      string           `json:"log"`      // the log's name: the file of another log says nothing
 	Finished int64            `json:"finished"` // erasures on record below it are done
 	Lifted   int64            `json:"lifted"`   // holds lifted below it are taken into account
+	Scopes   []string         `json:"scopes"`   // that had a class of their own when Marks were set, sorted
 	Marks    map[string]int64 `json:"marks"`    // by class: below it is nothing to erase but what is held
 }
 
 // Open finishes the erasures that a crash left undone, before anything is read,
-// and begins to erase what is due. With nothing in c.Kept it does only the first.
+// and begins to erase what is due.
 func Open(ctx context.Context, c Config) (*Retention, error) {
 	if c.Ledger == nil || c.By.Name == "" || c.By.Agent == "" || c.File == "" {
 		return nil, errors.New("retention needs a ledger, in whose name it erases, and a file")
@@ -80,9 +77,7 @@ func Open(ctx context.Context, c Config) (*Retention, error) {
 	}
 	run, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	r.cancel = cancel
-	if len(c.Kept) > 0 {
-		r.tasks.Go(func() { r.loop(run) })
-	}
+	r.tasks.Go(func() { r.loop(run) })
 	return r, nil
 }
 
@@ -111,7 +106,8 @@ func (r *Retention) loop(ctx context.Context) {
 	}
 }
 
-// Sweep erases all that is due, and returns the texts of how many entries.
+// Sweep erases all that is due by what is now on record, and returns the texts of
+// how many entries.
 func (r *Retention) Sweep(ctx context.Context) (int, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -128,8 +124,20 @@ func (r *Retention) Sweep(ctx context.Context) (int, error) {
 		}
 	}
 	r.done.Lifted = size
+	last, err := r.c.Ledger.Loaded(ctx, r.c.By.Name)
+	if err != nil {
+		return 0, err
+	}
+	if last == nil {
+		last = &store.PolicyDetails{}
+	}
+	classes, of := classes(last.Retention)
+	if !slices.Equal(of, r.done.Scopes) {
+		// What was in a class of its own may be in another's now, below its mark.
+		r.done.Scopes, r.done.Marks = of, map[string]int64{}
+	}
 	total := 0
-	for _, k := range r.classes() {
+	for _, k := range classes {
 		n, err := r.erase(ctx, k.Class, k.kept)
 		total += n
 		if err != nil {
@@ -146,21 +154,24 @@ type class struct {
 	kept time.Duration
 }
 
-// classes are what Kept says, in a fixed order.
-func (r *Retention) classes() (out []class) {
-	for _, key := range slices.Sorted(maps.Keys(r.c.Kept)) {
-		scope, of := strings.CutPrefix(key, ledger.OfScope)
-		if !of {
-			out = append(out, class{ledger.Class{Sensitivity: key}, r.c.Kept[key]})
+// classes are what kept says, in a fixed order, and the scopes that have classes
+// of their own, sorted.
+func classes(kept map[string]store.Duration) (out []class, of []string) {
+	for _, key := range slices.Sorted(maps.Keys(kept)) {
+		least := time.Duration(kept[key])
+		scope, own := strings.CutPrefix(key, ledger.OfScope)
+		if !own {
+			out = append(out, class{ledger.Class{Sensitivity: key}, least})
 			continue
 		}
-		for s, kept := range r.c.Kept {
+		of = append(of, scope)
+		for _, s := range slices.Sorted(maps.Keys(kept)) {
 			if s != "" && !strings.HasPrefix(s, ledger.OfScope) {
-				out = append(out, class{ledger.Class{Sensitivity: s, Scope: scope}, max(kept, r.c.Kept[key])})
+				out = append(out, class{ledger.Class{Sensitivity: s, Scope: scope}, max(time.Duration(kept[s]), least)})
 			}
 		}
 	}
-	return out
+	return out, of
 }
 
 // erase erases what is due of one class, batch by batch. In between it rests as
@@ -275,11 +286,14 @@ func (r *Retention) write() error {
 }
 
 // Loaded is what is in force at the recorder: its own catalogue and policy,
-// empty where it has none, and how long texts are kept (Config.Kept).
+// empty where it has none, and how long texts are kept.
 type Loaded struct {
 	Digest, CatalogueDigest, PolicyDigest string
 	Catalogue, Policy                     string // their texts
-	Kept                                  map[string]time.Duration
+	// Kept is how long texts are kept: by sensitivity, "" for what is about no
+	// scope, and by ledger.OfScope and a scope's name. What is not named is kept
+	// for good.
+	Kept map[string]time.Duration
 }
 
 // Announce puts x on record as policy.loaded by the recorder, where it differs
@@ -294,7 +308,7 @@ func Announce(ctx context.Context, l *ledger.Ledger, by ledger.Eraser, now time.
 		}
 		d.Retention[class] = store.Duration(kept)
 	}
-	last, err := l.Retention(ctx, by.Name)
+	last, err := l.Loaded(ctx, by.Name)
 	if err != nil {
 		return err
 	}
