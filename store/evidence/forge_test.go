@@ -138,7 +138,7 @@ const day = 24 * time.Hour
 
 func (s *scribe) policy(name, writer string, retention map[string]store.Duration) {
 	e := &store.Submission{Entry: store.Entry{Type: store.PolicyLoaded, Action: "policy.loaded"}}
-	e.SetDetails(store.PolicyDetails{Digest: "sha256:policy-1", Catalogue: textDigest(catalogue), Policy: textDigest("package x\n"), Retention: retention})
+	e.SetDetails(store.PolicyDetails{Digest: inForceDigest(catalogue, "package x\n", true), Catalogue: textDigest(catalogue), Policy: textDigest("package x\n"), Retention: retention})
 	e.Seal(store.SealedCatalogue, catalogue)
 	e.Seal(store.SealedPolicy, "package x\n")
 	s.put(name, writer, e)
@@ -150,7 +150,7 @@ func (s *scribe) of(t store.Type, n, run, scope string, outcome store.Outcome, d
 	e := &store.Submission{Entry: store.Entry{
 		Type: t, Agent: "spiffe://evidence.example/orchestrator/demo/run/" + run + "/step/s" + n, Orchestrator: "demo", Run: run, Step: "s" + n, Request: "req_" + n,
 		Resource: "vault://" + scope, Action: scope, Risk: &store.Risk{Sensitivity: level},
-		Decision: &store.Decision{Outcome: outcome, Policy: "sha256:policy-1", Reasons: []string{}},
+		Decision: &store.Decision{Outcome: outcome, Policy: inForceDigest(catalogue, "package x\n", true), Reasons: []string{}},
 	}}
 	e.SetDetails(details)
 	return e

@@ -174,7 +174,7 @@ func (h *house) policy(catalogue string) *store.Submission {
 	e := &store.Submission{Entry: store.Entry{
 		V: store.Version, ID: h.id(), Type: store.PolicyLoaded, WriterTime: store.At(h.now), Agent: "spiffe://evidence.example/recorder/recorder", Action: "policy.loaded",
 	}}
-	e.SetDetails(store.PolicyDetails{Digest: "sha256:00", Catalogue: "sha256:" + hexSum(catalogue)})
+	e.SetDetails(store.PolicyDetails{Digest: inForceDigest(catalogue, "", false), Catalogue: "sha256:" + hexSum(catalogue)})
 	e.Seal(store.SealedCatalogue, catalogue)
 	return e
 }

@@ -435,6 +435,49 @@ var tamperings = []tampering{
 	{name: "a use after expiry", log: then("5 issued", func(s *scribe) { s.now = s.now.Add(time.Hour) }), kind: KindUse, at: "5 used"},
 	{name: "a use before issuance", log: then("5 issuing", func(s *scribe) { s.useAgain("5", "r-5", "early") }), kind: KindUse, at: "early"},
 	{name: "a use of no credential", log: details("5 used", func(d *store.UsedDetails) { d.Intent = store.NewID() }), kind: KindUse, at: "5 used"},
+	{name: "a use by another request's credential", log: then("a5 issued", func(s *scribe) {
+		s.put("late", "broker-1", s.of(store.CredentialUsed, "2", "r-2", "orders:write", store.Allow, store.UsedDetails{Intent: s.ids["a5 issuing"], Via: "introspection", By: "orders", Use: "GET /again"}))
+	}), kind: KindUse, at: "late"},
+	{name: "a decision in another's name", log: lie("5 decided", func(e *store.Submission) { e.Seal(store.SealedPerson, "user:carol") }), kind: KindPerson, at: "5 decided"},
+	{name: "one person in two seats", log: func(s *scribe) {
+		two := ruleFor()
+		two.Groups[0].Count, two.Passkey = 2, false
+		details("5 asked", func(d *store.ApprovalRequestedDetails) { d.Rule = two })(s)
+		s.after["5 asked"] = func(s *scribe) {
+			e := s.of(store.ApprovalDecided, "5", "r-5", "orders:write", store.NeedsApproval, store.DecidedDetails{
+				Approval: "apr_5", Requested: store.HashText(store.LeafHash(s.leaves[s.index["5 asked"]])), Decision: store.Approve, Groups: []string{"dba"}, Via: "page"})
+			e.Person = store.Ptr("p-other")
+			e.Seal(store.SealedPerson, "user:alice")
+			e.Seal(store.SealedReason, "seen it too")
+			s.put("5 other", "recorder", e)
+		}
+	}, kind: KindPerson, at: "5 decided"},
+	{name: "a decision in Slack where the rule takes none", log: details("5 decided", func(d *store.DecidedDetails) { d.Via = "slack" }), kind: KindRule, at: "5 decided"},
+	{name: "an intent that names a denial", v: view{from: "5 issuing"}, log: lie("5 issuing", func(e *store.Submission) { e.Decision.Outcome = store.Deny }), kind: KindRule, at: "5 issuing"},
+	{name: "an intent that names no decision", v: view{from: "5 issuing"}, log: lie("5 issuing", func(e *store.Submission) { e.Decision = nil }), kind: KindRule, at: "5 issuing"},
+	{name: "a catalogue that nobody can read", log: func(s *scribe) {
+		s.after["policy of the broker"] = func(s *scribe) {
+			e := &store.Submission{Entry: store.Entry{Type: store.PolicyLoaded, Action: "policy.loaded"}}
+			e.SetDetails(store.PolicyDetails{Digest: "sha256:policy-2", Catalogue: textDigest("hidden")})
+			s.put("hidden", "broker-1", e)
+		}
+		s.edit["5 requested"] = func(e *store.Submission) { e.Decision.Outcome, e.Decision.Policy = store.Allow, "sha256:policy-2" }
+		s.edit["5 issuing"] = func(e *store.Submission) { e.Decision.Policy = "sha256:policy-2" }
+		leave("5 asked", "5 decided")(s)
+		details("5 issuing", func(d *store.IssuingDetails) { d.Approval = "" })(s)
+	}, kind: KindPolicy, at: "5 requested"},
+	{name: "a weak catalogue under a strong one's digest", log: then("policy of the broker", func(s *scribe) {
+		weak := "orders:read low 0\norders:write sensitive 0\n"
+		e := &store.Submission{Entry: store.Entry{Type: store.PolicyLoaded, Action: "policy.loaded"}}
+		e.SetDetails(store.PolicyDetails{Digest: inForceDigest(catalogue, "package x\n", true), Catalogue: textDigest(weak), Policy: textDigest("package x\n")})
+		e.Seal(store.SealedCatalogue, weak)
+		e.Seal(store.SealedPolicy, "package x\n")
+		s.put("weak", "broker-1", e)
+	}), kind: KindPolicy, at: "weak"},
+	{name: "a sensitivity told too low, to erase sooner", log: func(s *scribe) {
+		lie("2 decided", func(e *store.Submission) { e.Risk.Sensitivity = "low" })(s)
+		s.after["erased"] = func(s *scribe) { s.erase("sooner", day, "low", "2 decided") }
+	}, kind: KindRule, at: "2 decided"},
 	{name: "a time that goes back", log: lie("5 used", func(e *store.Submission) { e.Time = store.At(time.Date(2026, 7, 1, 0, 0, 0, 0, time.UTC)) }), kind: KindTime, at: "5 used"},
 	{name: "one ID for two entries", log: func(s *scribe) {
 		s.edit["5 used"] = func(e *store.Submission) { e.ID = s.ids["5 issuing"] }

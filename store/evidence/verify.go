@@ -74,7 +74,8 @@ const (
 	KindDuplicate   = "duplicate"     // two entries bear one ID
 	KindOrder       = "order"         // an entry breaks the order of the record
 	KindSignature   = "signature"     // a decision's passkey signature does not hold, or an enrolment's story
-	KindUse         = "use-outside"   // a use outside its credential's life
+	KindPerson      = "person"        // one pseudonym with two names, or one person in two seats
+	KindUse         = "use-outside"   // a use outside its credential's life, or by another's
 	KindHold        = "hold"          // a hold that holds nothing, or is lifted without having been placed
 	KindErasure     = "erasure"       // texts erased before their time, under a hold, or without retention
 	KindRule        = "rule"          // fewer people asked than the catalogue in force wants

@@ -2,7 +2,9 @@ package evidence
 
 import (
 	"crypto/sha256"
+	"encoding/binary"
 	"encoding/hex"
+	"io"
 	"slices"
 	"sort"
 	"strings"
@@ -39,11 +41,13 @@ type judge struct {
 
 	records   []record          // entries with texts, ascending
 	runs      map[string]uint32 // numbers of runs in records
-	levels    map[string]uint16 // numbers of sensitivities in records
+	numbers   map[string]uint16 // of sensitivities in records
 	holds     map[string]*hold
 	retention map[string]map[string]store.Duration // by writer, the last one on record
 
-	lives map[id]*life // by intent
+	lives  map[id]*life     // by intent
+	levels map[id]uint16    // by request, the number of the sensitivity that it was asked with
+	people map[string]named // by pseudonym
 
 	catalogues map[string]func(string) (*store.Rule, string, bool) // by digest of the catalogue
 	policies   map[string]string                                   // digest of catalogue and policy, to that of the catalogue
@@ -98,6 +102,7 @@ type undecided struct {
 
 // life is a credential's.
 type life struct {
+	request id
 	expires store.Time
 	ended   store.Time
 }
@@ -106,8 +111,8 @@ func newJudge(r *Report, o *Options, whole, texts bool) (*judge, error) {
 	j := &judge{
 		r: r, o: o, origin: r.Origin, whole: whole, texts: texts,
 		state: store.NewReplay(), keys: store.NewPasskeys(r.Origin), ids: map[id]int64{},
-		runs: map[string]uint32{}, levels: map[string]uint16{}, holds: map[string]*hold{}, retention: map[string]map[string]store.Duration{},
-		lives: map[id]*life{}, catalogues: map[string]func(string) (*store.Rule, string, bool){}, policies: map[string]string{},
+		runs: map[string]uint32{}, numbers: map[string]uint16{}, holds: map[string]*hold{}, retention: map[string]map[string]store.Duration{},
+		lives: map[id]*life{}, levels: map[id]uint16{}, people: map[string]named{}, catalogues: map[string]func(string) (*store.Rule, string, bool){}, policies: map[string]string{},
 		known: map[string]bool{}, undecided: map[string][]undecided{}, standing: map[string]*store.Rule{},
 	}
 	var err error
@@ -131,6 +136,7 @@ func (j *judge) take(index int64, leaf []byte, e *store.Entry, opened map[string
 		j.last = e.Time
 	}
 	j.record(index, e, opened)
+	j.person(index, e, opened)
 	if !e.Type.Known() || e.Type.Concerns() {
 		b := j.state.Begin()
 		// The recorder's own entries and its writers' are told apart by type: no
@@ -148,8 +154,14 @@ func (j *judge) take(index int64, leaf []byte, e *store.Entry, opened map[string
 	case store.StepRequested, store.ApprovalRequested, store.CredentialIssuing:
 		j.ruled(index, e)
 	case store.ApprovalDecided, store.ApprovalStanding:
-		if d, err := store.DetailsAs[store.DecidedDetails](e); err == nil && d.Assertion != nil {
-			j.tally.signed++
+		j.voted(index, e)
+		if d, err := store.DetailsAs[store.DecidedDetails](e); err == nil {
+			if d.Assertion != nil {
+				j.tally.signed++
+			}
+			if q := j.state.Request(e.Request); d.Via == "slack" && q != nil && q.Pending != nil && !q.Pending.Rule.Slack {
+				r.add(index, KindRule, "it was taken in Slack, and the rule takes none there")
+			}
 		}
 	case store.CredentialIssued, store.CredentialRevoked, store.CredentialExpired:
 		j.lived(e)
@@ -174,7 +186,7 @@ func (j *judge) take(index int64, leaf []byte, e *store.Entry, opened map[string
 func (j *judge) lived(e *store.Entry) {
 	if e.Type == store.CredentialIssued {
 		if q := j.state.Request(e.Request); q != nil { // admitted, so it has them from e
-			j.lives[idOf(q.Intent)] = &life{expires: q.Expires}
+			j.lives[idOf(q.Intent)] = &life{request: idOf(e.Request), expires: q.Expires}
 		}
 		return
 	}
@@ -200,6 +212,8 @@ func (j *judge) used(index int64, e *store.Entry) {
 	switch {
 	case l == nil:
 		j.r.add(index, KindUse, "a use of intent %.100q, of which no credential had been issued", d.Intent)
+	case l.request != idOf(e.Request):
+		j.r.add(index, KindUse, "a use in the name of request %.100q by the credential of another", e.Request)
 	case !l.ended.IsZero() && !j.before(e, l.ended):
 		j.r.add(index, KindUse, "a use at %s of a credential that ended at %s", e.Time, l.ended)
 	case !j.before(e, l.expires):
@@ -229,12 +243,16 @@ func (j *judge) policy(index int64, e *store.Entry, opened map[string]string) {
 		return // where it should be there, its absence is a finding of its own
 	}
 	if got := textDigest(catalogue); got != d.Catalogue {
-		j.r.add(index, KindPolicy, "the text of its catalogue has the digest %s, it names %s", got, d.Catalogue)
+		j.r.add(index, KindPolicy, "the text of its catalogue has the digest %s, it names %.100q", got, d.Catalogue)
 		return
 	}
 	rego, ok := opened[store.SealedPolicy]
 	if ok && textDigest(rego) != d.Policy {
-		j.r.add(index, KindPolicy, "the text of its policy has the digest %s, it names %s", textDigest(rego), d.Policy)
+		j.r.add(index, KindPolicy, "the text of its policy has the digest %s, it names %.100q", textDigest(rego), d.Policy)
+		return
+	}
+	if got := inForceDigest(catalogue, rego, d.Policy != ""); got != d.Digest {
+		j.r.add(index, KindPolicy, "catalogue and policy together have the digest %s, it names %.100q", got, d.Digest)
 		return
 	}
 	if j.o.Rules == nil {
@@ -261,9 +279,29 @@ func textDigest(text string) string {
 	return "sha256:" + hex.EncodeToString(sum[:])
 }
 
+// inForceDigest is how decisions name what is in force: a SHA-256 over catalogue
+// and policy, each with its length before it (8 bytes, big-endian). Without a
+// policy it is over the catalogue alone.
+func inForceDigest(catalogue, policy string, hasPolicy bool) string {
+	texts := []string{catalogue}
+	if hasPolicy {
+		texts = append(texts, policy)
+	}
+	h := sha256.New()
+	for _, text := range texts {
+		h.Write(binary.BigEndian.AppendUint64(nil, uint64(len(text))))
+		io.WriteString(h, text)
+	}
+	return "sha256:" + hex.EncodeToString(h.Sum(nil))
+}
+
 // ruled judges a decision, a question to people or an intent by the catalogue
 // that the entry says was in force.
 func (j *judge) ruled(index int64, e *store.Entry) {
+	if e.Type == store.CredentialIssuing && (e.Decision == nil || e.Decision.Outcome == store.Deny) {
+		j.r.add(index, KindRule, "an intent that no decision allows: it names none, or a denial")
+		return
+	}
 	if j.o.Rules == nil || !j.texts || e.Decision == nil || e.Decision.Outcome == store.Deny {
 		return
 	}
@@ -366,10 +404,13 @@ func (j *judge) held(index int64, e *store.Entry) {
 
 // record keeps what an erasure of e's texts would be judged by.
 func (j *judge) record(index int64, e *store.Entry, opened map[string]string) {
+	if e.Type == store.StepRequested {
+		j.levels[idOf(e.Request)] = number(j.numbers, sensitivity(e))
+	}
 	if len(e.Sealed) == 0 {
 		return
 	}
-	x := record{index: index, micros: e.Time.UnixMicro(), run: number(j.runs, e.Run), level: number(j.levels, sensitivity(e))}
+	x := record{index: index, micros: e.Time.UnixMicro(), run: number(j.runs, e.Run), level: number(j.numbers, sensitivity(e))}
 	if !e.Type.Erasable() {
 		x.flags |= recordKept
 	}
@@ -380,6 +421,11 @@ func (j *judge) record(index int64, e *store.Entry, opened map[string]string) {
 		if len(opened) < len(e.Sealed) {
 			x.flags |= recordMissing
 		}
+	}
+	// By another sensitivity than its request's a text would be kept for another
+	// time.
+	if asked, ok := j.levels[idOf(e.Request)]; ok && e.Type.Concerns() && asked != x.level {
+		j.r.add(index, KindRule, "its sensitivity is %.100q, and its request was asked with another", sensitivity(e))
 	}
 	j.records = append(j.records, x)
 }
@@ -418,7 +464,7 @@ func (j *judge) erased(index int64, e *store.Entry) {
 	case d.Kept < due:
 		refuse("texts of sensitivity %q were kept for %s, the retention on record is %s", d.Sensitivity, time.Duration(d.Kept), time.Duration(due))
 	}
-	level := number(j.levels, d.Sensitivity)
+	level := number(j.numbers, d.Sensitivity)
 	for _, i := range d.Entries {
 		if i < 0 || i >= index {
 			refuse("it names entry %d, which is not before it", i)
@@ -473,8 +519,12 @@ func (j *judge) finish() {
 	for policy, waiting := range j.undecided {
 		j.tally.ruled -= int64(len(waiting))
 		first := waiting[0].index
-		if at := slices.IndexFunc(waiting, func(u undecided) bool { return u.index >= j.from }); at >= 0 && !j.known[policy] {
-			j.r.add(waiting[at].index, KindPolicy, "it names the policy %.80q, which is not on record", policy)
+		if at := slices.IndexFunc(waiting, func(u undecided) bool { return u.index >= j.from }); at >= 0 {
+			what := "which is not on record"
+			if j.known[policy] {
+				what = "which is on record without the catalogue that it is made of"
+			}
+			j.r.add(waiting[at].index, KindPolicy, "it names the policy %.80q, %s", policy, what)
 			continue
 		}
 		j.r.note("%d entries from %d on name the policy %.80q, whose catalogue is not here: their rules were not compared with it", len(waiting), first, policy)
