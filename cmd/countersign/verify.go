@@ -231,7 +231,10 @@ func printReport(cmd *cobra.Command, r *evidence.Report, o *evidence.Options) er
 		say("problem: and more that are not listed")
 	}
 	for i, head := range r.Heads {
-		say("evidence: the %s signed checkpoint:\n\n%s", []string{"earlier", "present"}[min(i, 1)], strings.TrimSuffix(head, "\n"))
+		say("evidence: the %s signed checkpoint:\n", []string{"earlier", "present"}[min(i, 1)])
+		for line := range strings.SplitSeq(strings.TrimSuffix(head, "\n"), "\n") {
+			say("%s", evidence.Plain(line))
+		}
 		say("")
 	}
 	verdict := "verified"

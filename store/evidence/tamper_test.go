@@ -255,7 +255,24 @@ var tamperings = []tampering{
 		p.change(memberContextIndex, func(l [][]byte) [][]byte {
 			return slices.Insert(l, len(l)-1, fmt.Appendf(nil, "%d\n", p.scribe.index["b1 used"]))
 		})
-	}, fit: fitAll, kind: KindWindow, at: "b1 used"},
+	}, fit: fitAll, kind: KindWindow, at: "b1 used", python: true},
+	{name: "an entry that another hides", v: part, bend: func(p *parcel) {
+		i := p.scribe.index["b1 used"]
+		forged := bytes.Replace(p.scribe.leaves[i], []byte("GET /orders/b1"), []byte("GET /orders/b2"), 1)
+		p.change(memberContext, func(l [][]byte) [][]byte { return slices.Insert(l, len(l)-1, append(forged, '\n')) })
+		p.change(memberContextIndex, func(l [][]byte) [][]byte { return slices.Insert(l, len(l)-1, fmt.Appendf(nil, "%d\n", i)) })
+	}, fit: fitAll, kind: KindWindow, at: "b1 used", python: true},
+	{name: "an index twice, first with another entry", v: ofRun2, bend: func(p *parcel) {
+		p.change(memberEntries, func(l [][]byte) [][]byte {
+			return slices.Insert(l, 0, bytes.Replace(l[0], []byte("sensitive"), []byte("insensate"), 1))
+		})
+		p.change(memberEntriesIndex, func(l [][]byte) [][]byte { return slices.Insert(l, 0, l[0]) })
+	}, fit: fitAll, kind: KindMember, python: true},
+	{name: "a last byte that is no line's end", bend: func(p *parcel) {
+		b := bytes.Clone(p.data[memberEntries])
+		b[len(b)-1] = '!'
+		p.data[memberEntries] = b
+	}, fit: fitDigests, kind: KindMember, python: true},
 
 	// Tables and report.
 	{name: "a step edited", bend: func(p *parcel) { p.swap(memberSteps, "OPS-2", "OPS-7") }, fit: fitDigests, kind: KindTable, at: "2 requested"},

@@ -10,9 +10,11 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
+	"unicode/utf8"
 
 	"filippo.io/torchwood"
 	"golang.org/x/mod/sumdb/note"
@@ -148,13 +150,24 @@ func (r *Report) add(index int64, kind, format string, a ...any) {
 		r.Cut = true
 		return
 	}
-	r.Findings = append(r.Findings, Finding{index, kind, fmt.Sprintf(format, a...)})
+	r.Findings = append(r.Findings, Finding{index, kind, Plain(fmt.Sprintf(format, a...))})
+}
+
+// Plain returns s with everything escaped that does not print. What a finding
+// tells of may be anybody's, and a terminal obeys control characters: it could be
+// made to show another verdict.
+func Plain(s string) string {
+	if !strings.ContainsFunc(s, func(c rune) bool { return !strconv.IsPrint(c) }) && utf8.ValidString(s) {
+		return s
+	}
+	quoted := strconv.Quote(s)
+	return strings.ReplaceAll(strings.ReplaceAll(quoted[1:len(quoted)-1], `\"`, `"`), `\\`, `\`)
 }
 
 func (r *Report) note(format string, a ...any) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.Notes = append(r.Notes, fmt.Sprintf(format, a...))
+	r.Notes = append(r.Notes, Plain(fmt.Sprintf(format, a...)))
 }
 
 // done sorts what goroutines found side by side.

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -181,6 +182,29 @@ func TestABundleDoesNotVouchForItself(t *testing.T) {
 		if _, err := VerifyBundle(t.Context(), save(t, s.write().export(view{}).zip()), o); !errors.Is(err, ErrUnchecked) {
 			t.Errorf("%+v: %v", o, err)
 		}
+	}
+}
+
+func TestNoFindingGivesOrdersToATerminal(t *testing.T) {
+	const orders = "\x1b[2K\rverified\u202edeifirev\u009b1A"
+	s := newScribe(t).write()
+	p := s.export(view{})
+	lies := manifestLie(func(m *manifest) {
+		m.Format, m.Origin, m.Root, m.Window.FromTime, m.Created, m.Export.ID = bundleFormat, orders, orders, orders, orders, orders
+	})
+	lies(p)
+	p.fit()
+	r := bundleReport(t, save(t, p.zip()), s.options())
+	if !has(r, KindManifest, NoIndex) || !has(r, KindExport, s.index["export"]) {
+		t.Errorf("findings %v", r.Findings)
+	}
+	for _, f := range r.Findings {
+		if strings.ContainsFunc(f.Message, func(c rune) bool { return !strconv.IsPrint(c) }) {
+			t.Errorf("a finding holds %q", f.Message)
+		}
+	}
+	if got := Plain("a\x1b\xff\u202e\"é\\n"); got != `a\x1b\xff\u202e"é\n` {
+		t.Errorf("plain text is %q", got)
 	}
 }
 
