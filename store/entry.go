@@ -23,8 +23,9 @@ import (
 // prefixes each entry with a 16-bit length, so that no leaf may be longer.
 const MaxEntry = 65535
 
-// MaxSubmission is the largest submission in bytes: an entry with the texts
-// behind its commitments, which are no part of the leaf.
+// MaxSubmission is the largest submission of a policy.loaded in bytes: an entry
+// with the texts of catalogue and policy, which are no part of the leaf. Of any
+// other type it is MaxEntry, texts included.
 const MaxSubmission = 2 << 20
 
 // Version is the entry format that this program writes.
@@ -187,6 +188,9 @@ func ParseSubmission(b []byte) (*Submission, error) {
 	var s Submission
 	if err := json.Unmarshal(b, &s, json.RejectUnknownMembers(true)); err != nil {
 		return nil, fmt.Errorf("%w: %v", ErrMalformed, err)
+	}
+	if s.Type != PolicyLoaded && len(b) > MaxEntry {
+		return nil, fmt.Errorf("%w: %s of %d bytes, at most %d", ErrMalformed, s.Type, len(b), MaxEntry)
 	}
 	if err := s.check(); err != nil {
 		return nil, fmt.Errorf("%w: %v", ErrMalformed, err)

@@ -78,6 +78,21 @@ func TestASubmissionThatIsNotStrictlyOneIsRefused(t *testing.T) {
 	}
 }
 
+func TestLongTextsAreTakenWithAPolicyAlone(t *testing.T) {
+	for typ, want := range map[Type]bool{PolicyLoaded: true, CredentialUsed: false, StepFinished: false} {
+		s := &Submission{Entry: Entry{V: Version, ID: NewID(), Type: typ, WriterTime: At(time.Unix(1_800_000_000, 0)), Agent: "spiffe://example.test/x"}}
+		s.SetDetails(struct{}{})
+		s.Seal(SealedCatalogue, strings.Repeat("x", MaxEntry))
+		b, err := s.Marshal()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := ParseSubmission(b); (err == nil) != want || err != nil && !errors.Is(err, ErrMalformed) {
+			t.Errorf("%s: %v", typ, err)
+		}
+	}
+}
+
 func TestTheLeafIsTheSubmissionWithTimeAndWriterAndWithoutOpenings(t *testing.T) {
 	s, err := ParseSubmission(submitted(t))
 	if err != nil {

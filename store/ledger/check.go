@@ -403,45 +403,34 @@ func (l *Ledger) checkBeside(ctx context.Context, q querier, from, to int64) err
 // open its commitment; a text that is gone without its erasure on record is
 // logged as a finding, as the tree does not depend on it.
 func (l *Ledger) checkSealed(ctx context.Context, q querier, from, to int64) error {
-	type box struct {
-		idx        int64
-		field, id  string
-		box        []byte
-		commitment sql.NullString
-	}
-	var boxes []box
+	unkeyed := map[int64]bool{}
+	// One by one: the texts of policies are long.
 	if err := each(ctx, q, func(rows *sql.Rows) error {
-		var b box
-		var body []byte
-		if err := rows.Scan(&b.idx, &b.field, &b.box, &body); err != nil {
+		var i int64
+		var field string
+		var box, body, key []byte
+		if err := rows.Scan(&i, &field, &box, &body); err != nil {
 			return err
 		}
 		e, err := store.ParseLeaf(body)
 		if err != nil {
-			return fmt.Errorf("%w: sealed text %q of entry %d without its entry", ErrMismatch, b.field, b.idx)
+			return fmt.Errorf("%w: sealed text %q of entry %d without its entry", ErrMismatch, field, i)
 		}
-		b.id = e.ID
-		b.commitment.String, b.commitment.Valid = e.Sealed[b.field], e.Sealed[b.field] != ""
-		boxes = append(boxes, b)
-		return nil
-	}, "SELECT s.idx, s.field, s.box, e.body FROM sealed s LEFT JOIN entries e ON e.idx = s.idx WHERE s.idx >= $1 AND s.idx < $2", from, to); err != nil {
-		return err
-	}
-	unkeyed := map[int64]bool{}
-	for _, b := range boxes {
-		var key []byte
-		err := l.keys.QueryRowContext(ctx, "SELECT key FROM keys WHERE entry = $1", b.id).Scan(&key)
+		err = l.keys.QueryRowContext(ctx, "SELECT key FROM keys WHERE entry = $1", e.ID).Scan(&key)
 		if errors.Is(err, sql.ErrNoRows) {
-			unkeyed[b.idx] = true
-			continue
+			unkeyed[i] = true
+			return nil
 		}
 		if err != nil {
 			return err
 		}
-		o, err := openBox(key, b.box, b.id, b.field)
-		if err != nil || !b.commitment.Valid || !o.Opens(b.field, b.commitment.String) {
-			return fmt.Errorf("%w: the sealed text %q of entry %d is not what the entry commits to", ErrMismatch, b.field, b.idx)
+		o, err := openBox(key, box, e.ID, field)
+		if err != nil || !o.Opens(field, e.Sealed[field]) {
+			return fmt.Errorf("%w: the sealed text %q of entry %d is not what the entry commits to", ErrMismatch, field, i)
 		}
+		return nil
+	}, "SELECT s.idx, s.field, s.box, e.body FROM sealed s LEFT JOIN entries e ON e.idx = s.idx WHERE s.idx >= $1 AND s.idx < $2", from, to); err != nil {
+		return err
 	}
 	return l.checkMissing(ctx, q, from, to, unkeyed)
 }

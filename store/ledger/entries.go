@@ -63,19 +63,38 @@ func (l *Ledger) Export(ctx context.Context, from, to int64) iter.Seq2[Stored, e
 				parsed[s.Index] = e
 				batch = append(batch, s)
 			}
-			opened, err := l.openings(ctx, l.r, parsed)
-			if err != nil {
-				yield(Stored{}, l.readErr(err))
-				return
-			}
-			for _, s := range batch {
-				s.Sealed, s.Entry = opened[s.Index], parsed[s.Index]
-				if !yield(s, nil) {
+			for len(batch) > 0 {
+				n := together(len(batch), func(i int) *store.Entry { return parsed[batch[i].Index] })
+				part := map[int64]*store.Entry{}
+				for _, s := range batch[:n] {
+					part[s.Index] = parsed[s.Index]
+				}
+				opened, err := l.openings(ctx, l.r, part)
+				if err != nil {
+					yield(Stored{}, l.readErr(err))
 					return
 				}
+				for _, s := range batch[:n] {
+					s.Sealed, s.Entry = opened[s.Index], parsed[s.Index]
+					if !yield(s, nil) {
+						return
+					}
+				}
+				batch = batch[n:]
 			}
 		}
 	}
+}
+
+// together is how many of n entries have their texts read at once: those of a
+// policy are long (store.MaxSubmission), so that it is read alone.
+func together(n int, entry func(int) *store.Entry) int {
+	for i := range n {
+		if e := entry(i); e != nil && e.Type == store.PolicyLoaded {
+			return max(i, 1)
+		}
+	}
+	return n
 }
 
 // entries reads [from, to) in chunks, with the stored nodes on demand.

@@ -50,6 +50,9 @@ type Page struct {
 const (
 	defaultLimit = 1_000
 	maxLimit     = 10_000
+	// pageBytes is how much a page holds, leaves and texts: one that reaches it
+	// ends before its Limit, unless it is of the Newest.
+	pageBytes = 16 << 20
 )
 
 // filter is one equality of a query.
@@ -127,16 +130,17 @@ func (l *Ledger) History(ctx context.Context, q Query) (*Page, error) {
 	if err != nil {
 		return nil, l.readErr(err)
 	}
-	parsed := map[int64]*store.Entry{}
+	parsed, size := map[int64]*store.Entry{}, 0
 	if err := each(ctx, l.r, func(rows *sql.Rows) error {
 		var e HistoryEntry
 		if err := rows.Scan(&e.Index, (*[]byte)(&e.Entry)); err != nil {
 			return err
 		}
-		if len(page.Entries) == q.Limit {
+		if len(page.Entries) == q.Limit || size > pageBytes && !q.Newest {
 			page.Next = strconv.FormatInt(e.Index, 10)
-			return nil
+			return errStop
 		}
+		size += len(e.Entry)
 		if !strings.HasSuffix(string(e.Entry), `"sealed":{}}`) {
 			p, err := store.ParseLeaf(e.Entry)
 			if err != nil {
@@ -146,21 +150,37 @@ func (l *Ledger) History(ctx context.Context, q Query) (*Page, error) {
 		}
 		page.Entries = append(page.Entries, e)
 		return nil
-	}, query, args...); err != nil {
+	}, query, args...); err != nil && err != errStop {
 		return nil, l.readErr(err)
 	}
-	opened, err := l.openings(ctx, l.r, parsed)
-	if err != nil {
-		return nil, l.readErr(err)
-	}
-	for i := range page.Entries {
-		e := &page.Entries[i]
-		for field, o := range opened[e.Index] {
-			if e.Opened == nil {
-				e.Opened = map[string]string{}
-			}
-			e.Opened[field] = o.Text
+	for done := 0; done < len(page.Entries); {
+		rest := page.Entries[done:]
+		if size > pageBytes && done > 0 && !q.Newest {
+			page.Next, page.Entries = strconv.FormatInt(rest[0].Index, 10), page.Entries[:done]
+			break
 		}
+		n := together(len(rest), func(i int) *store.Entry { return parsed[rest[i].Index] })
+		part := map[int64]*store.Entry{}
+		for _, e := range rest[:n] {
+			if p := parsed[e.Index]; p != nil {
+				part[e.Index] = p
+			}
+		}
+		opened, err := l.openings(ctx, l.r, part)
+		if err != nil {
+			return nil, l.readErr(err)
+		}
+		for i := range rest[:n] {
+			e := &rest[i]
+			for field, o := range opened[e.Index] {
+				if e.Opened == nil {
+					e.Opened = map[string]string{}
+				}
+				e.Opened[field] = o.Text
+				size += len(o.Text)
+			}
+		}
+		done += n
 	}
 	return page, nil
 }

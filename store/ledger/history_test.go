@@ -16,6 +16,70 @@ import (
 	"golang.org/x/mod/sumdb/tlog"
 )
 
+func TestAPageIsBoundedInBytesAndNothingIsLeftOutForIt(t *testing.T) {
+	f := newFixture(t)
+	l := f.open()
+	var want []string
+	for i := range 60 {
+		s := used("r")
+		switch {
+		case i%3 == 0:
+			s.Type = store.PolicyLoaded
+			s.SetDetails(store.PolicyDetails{Digest: fmt.Sprint(i)})
+			s.Seal(store.SealedCatalogue, strings.Repeat("x", 1<<20)+fmt.Sprint(i))
+		case i%3 == 1:
+			s.SetDetails(map[string]string{"note": strings.Repeat("x", 60_000)})
+		}
+		want = append(want, s.ID)
+		f.append(l, s)
+	}
+	for _, limit := range []int{0, 7, 1} {
+		q, pages := Query{Limit: limit}, 0
+		var got []string
+		for {
+			p, err := l.History(t.Context(), q)
+			if err != nil || len(p.Entries) == 0 {
+				t.Fatalf("%d entries: %v", len(p.Entries), err)
+			}
+			pages++
+			size := 0
+			for _, h := range p.Entries {
+				e, err := store.ParseLeaf(h.Entry)
+				if err != nil {
+					t.Fatal(err)
+				}
+				got = append(got, e.ID)
+				size += len(h.Entry)
+				if text := h.Opened[store.SealedCatalogue]; e.Type == store.PolicyLoaded && !strings.HasSuffix(text, fmt.Sprint("x", h.Index)) {
+					t.Fatalf("entry %d has the text %.20q…", h.Index, text)
+				}
+				for _, text := range h.Opened {
+					size += len(text)
+				}
+			}
+			if size > pageBytes+store.MaxSubmission {
+				t.Fatalf("a page of %d bytes", size)
+			}
+			if q.Cursor = p.Next; q.Cursor == "" {
+				break
+			}
+		}
+		if !slices.Equal(got, want) || limit == 0 && pages != 2 {
+			t.Fatalf("limit %d: %d entries on %d pages", limit, len(got), pages)
+		}
+	}
+	i := 0
+	for s, err := range l.Export(t.Context(), 0, l.Size()) {
+		if err != nil || s.Index != int64(i) || (s.Sealed[store.SealedCatalogue].Text != "") != (i%3 == 0) {
+			t.Fatalf("entry %d: %v", s.Index, err)
+		}
+		i++
+	}
+	if err := l.recheck(t.Context()); err != nil || i != len(want) {
+		t.Fatalf("%d exported: %v", i, err)
+	}
+}
+
 func TestHistoryFiltersAlikeHoweverItIsPaged(t *testing.T) {
 	onBoth(t, func(t *testing.T, on engineName) {
 		f := newFixtureOn(t, on)
