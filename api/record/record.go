@@ -17,6 +17,7 @@ import (
 	"github.com/go-chi/chi/v5"
 	"github.com/go-json-experiment/json"
 	"go.uber.org/zap"
+	"golang.org/x/sync/semaphore"
 
 	"github.com/countersign-dev/countersign/api/auth"
 	"github.com/countersign-dev/countersign/api/client"
@@ -30,6 +31,10 @@ import (
 const (
 	MaxBody  = 4 << 20 // bytes
 	MaxLines = 1000
+	// maxUnderWay is how many bytes of appends one writer may have under way; more
+	// wait. In memory an append is several times its size, so that a writer who
+	// sends as much as there can be would otherwise take the recorder down for all.
+	maxUnderWay = 8 * MaxBody
 )
 
 // Server answers writers from one ledger.
@@ -38,11 +43,14 @@ type Server struct {
 	guard  *auth.Guard
 	drain  context.Context
 	stop   context.CancelFunc
+
+	mu       sync.Mutex
+	underWay map[string]*semaphore.Weighted // by writer
 }
 
 // New returns the writers' API of l.
 func New(l *ledger.Ledger, g *auth.Guard) *Server {
-	s := &Server{ledger: l, guard: g}
+	s := &Server{ledger: l, guard: g, underWay: map[string]*semaphore.Weighted{}}
 	s.drain, s.stop = context.WithCancel(context.Background())
 	return s
 }
@@ -68,6 +76,12 @@ func (s *Server) append(w http.ResponseWriter, r *http.Request) {
 		problem.Write(w, r, err)
 		return
 	}
+	writer := auth.From(r.Context()).Name
+	free, err := s.admit(r.Context(), writer, r.ContentLength)
+	if err != nil {
+		return // the caller is gone
+	}
+	defer free()
 	body, err := server.Body(r)
 	if err != nil {
 		problem.Write(w, r, err)
@@ -78,12 +92,28 @@ func (s *Server) append(w http.ResponseWriter, r *http.Request) {
 		problem.Write(w, r, err)
 		return
 	}
-	a, err := s.ledger.Append(r.Context(), ledger.Author{Name: auth.From(r.Context()).Name}, lines)
+	a, err := s.ledger.Append(r.Context(), ledger.Author{Name: writer}, lines)
 	if err != nil {
 		problem.Write(w, r, err)
 		return
 	}
 	s.answer(w, r, a, seen)
+}
+
+// admit waits until writer may have size bytes more under way (-1: unknown),
+// which free gives back. The error is ctx's.
+func (s *Server) admit(ctx context.Context, writer string, size int64) (free func(), err error) {
+	s.mu.Lock()
+	sem := s.underWay[writer]
+	if sem == nil { // a writer is authenticated: there are few
+		sem = semaphore.NewWeighted(maxUnderWay)
+		s.underWay[writer] = sem
+	}
+	s.mu.Unlock()
+	if size < 0 || size > MaxBody {
+		size = MaxBody
+	}
+	return func() { sem.Release(size) }, sem.Acquire(ctx, size)
 }
 
 // split cuts an NDJSON body into its lines. The last newline may be missing;
