@@ -148,6 +148,7 @@ func newBundle(at io.ReaderAt, size int64, r *Report) *bundle {
 	if z.Comment != "" {
 		r.add(NoIndex, KindMember, "the zip has a comment, and a bundle has none")
 	}
+	b.packed(at, z.File)
 	last, end, unordered := -1, int64(0), false
 	for _, f := range z.File {
 		n := rank(f.Name)
@@ -182,6 +183,75 @@ func newBundle(at io.ReaderAt, size int64, r *Report) *bundle {
 		b.names = append(b.names, f.Name)
 	}
 	return b
+}
+
+// Of the zip format (PKWARE APPNOTE 6.3.10, sections 4.3.7, 4.3.9, 4.3.12, 4.6.9).
+const (
+	localHeader  = 30
+	localMagic   = "PK\x03\x04"
+	entryMagic   = "PK\x01\x02" // of the directory
+	descriptor   = "PK\x07\x08"
+	unicodeName  = 0x7075 // an extra field that renames a member
+	hasDescriber = 1 << 3 // a flag: sizes follow the data
+)
+
+// packed checks that the members lie one behind the other, from the first byte to
+// the directory, each under a header that says what the directory says. Between
+// them a file could lie that this program does not see, and that a program which
+// reads a zip from its beginning shows as the bundle's.
+func (b *bundle) packed(at io.ReaderAt, files []*zip.File) {
+	next := int64(0)
+	bytesAt := func(off int64, n int) string {
+		raw := make([]byte, n)
+		if _, err := at.ReadAt(raw, off); err != nil {
+			return ""
+		}
+		return string(raw)
+	}
+	for _, f := range files {
+		start, err := f.DataOffset()
+		h := bytesAt(next, localHeader)
+		word := func(i int) int { return int(h[i]) | int(h[i+1])<<8 }
+		ok := err == nil && strings.HasPrefix(h, localMagic) && f.CompressedSize64 < 1<<62 &&
+			word(6) == int(f.Flags) && word(8) == int(f.Method) && word(26) == len(f.Name) && start == next+localHeader+int64(word(26)+word(28))
+		if ok {
+			rest := bytesAt(next+localHeader, word(26)+word(28))
+			ok = strings.HasPrefix(rest, f.Name) && !renames(rest[min(word(26), len(rest)):]) && !renames(string(f.Extra))
+		}
+		if !ok {
+			b.r.add(NoIndex, KindMember, "%.200q does not lie where it must, behind the member before it, or its header is of another file than the zip's directory says", f.Name)
+			return
+		}
+		next = start + int64(f.CompressedSize64)
+		if f.Flags&hasDescriber == 0 {
+			continue
+		}
+		if bytesAt(next, len(descriptor)) != descriptor {
+			b.r.add(NoIndex, KindMember, "%.200q does not end where the zip's directory says", f.Name)
+			return
+		}
+		if next += 16; f.CompressedSize64 >= 1<<32-1 || f.UncompressedSize64 >= 1<<32-1 {
+			next += 8 // zip64
+		}
+	}
+	if bytesAt(next, len(entryMagic)) != entryMagic {
+		b.r.add(NoIndex, KindMember, "something lies between the last member and the zip's directory")
+	}
+}
+
+// renames reports whether extra fields give a member another name, or are none.
+func renames(extra string) bool {
+	for len(extra) > 0 {
+		if len(extra) < 4 {
+			return true
+		}
+		id, n := int(extra[0])|int(extra[1])<<8, int(extra[2])|int(extra[3])<<8
+		if id == unicodeName || 4+n > len(extra) {
+			return true
+		}
+		extra = extra[4+n:]
+	}
+	return false
 }
 
 var (

@@ -4,7 +4,9 @@ import (
 	"archive/zip"
 	"bytes"
 	"crypto/rand"
+	"encoding/binary"
 	"fmt"
+	"hash/crc32"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -153,6 +155,23 @@ func header(name string, fn func(*zip.FileHeader)) func(*parcel) {
 			return true
 		}
 	}
+}
+
+// hide puts a file behind the last member of a zip, where its directory does not
+// tell of it.
+func hide(z []byte, name, text string) []byte {
+	at := bytes.LastIndex(z, []byte("PK\x05\x06"))
+	directory := int(binary.LittleEndian.Uint32(z[at+16:]))
+	h := make([]byte, 30, 30+len(name)+len(text))
+	copy(h, "PK\x03\x04\x14\x00")
+	binary.LittleEndian.PutUint32(h[14:], crc32.ChecksumIEEE([]byte(text)))
+	binary.LittleEndian.PutUint32(h[18:], uint32(len(text)))
+	binary.LittleEndian.PutUint32(h[22:], uint32(len(text)))
+	binary.LittleEndian.PutUint16(h[26:], uint16(len(name)))
+	h = append(append(h, name...), text...)
+	z = slices.Concat(z[:directory], h, z[directory:])
+	binary.LittleEndian.PutUint32(z[at+len(h)+16:], uint32(directory+len(h)))
+	return z
 }
 
 // extra adds a member that the manifest names.
@@ -400,6 +419,15 @@ var tamperings = []tampering{
 		z[i-36] = 97
 		return z
 	}, kind: KindMember, python: true},
+	{name: "a file between the members", raw: func(z []byte) []byte { return hide(z, "REPORT.html", "All is well") }, kind: KindMember},
+	{name: "a header of another name", raw: func(z []byte) []byte {
+		i := bytes.Index(z, []byte(memberReport)) // the first is that of the header
+		copy(z[i:], "REPORT.htmX")
+		return z
+	}, kind: KindMember, python: true},
+	{name: "a member renamed by an extra field", bend: header(memberUses, func(h *zip.FileHeader) {
+		h.Extra = append([]byte{0x75, 0x70, 13, 0, 1, 0, 0, 0, 0}, "SAFE.csv"...)
+	}), kind: KindMember},
 	{name: "a zip cut short", raw: func(z []byte) []byte { return z[:len(z)-30] }, kind: KindMember, python: true},
 	{name: "no zip", raw: func(z []byte) []byte { return []byte("PK, and nothing behind it") }, kind: KindMember, python: true},
 	{name: "a byte of the compressed entries changed", raw: func(z []byte) []byte {
