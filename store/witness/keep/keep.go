@@ -120,7 +120,10 @@ func (k *Keeper) Run(ctx context.Context) {
 func (k *Keeper) Send(ctx context.Context) {
 	for _, p := range k.c.Places {
 		now := k.c.Now()
-		if now.Before(k.sent[p.Name()].At.Add(k.c.Every)) || now.Before(k.fails[p.Name()].after) {
+		// A time ahead of now is of a clock that was put back since: it counts for
+		// nothing, or nothing would be kept until then.
+		last, fail := k.sent[p.Name()].At, k.fails[p.Name()].after
+		if !now.Before(last) && now.Before(last.Add(k.c.Every)) || now.Before(fail) && !now.Before(fail.Add(-retryMost)) {
 			continue
 		}
 		signed := k.c.Published()

@@ -119,6 +119,25 @@ func TestACheckpointIsKeptOnStartAndOnceADay(t *testing.T) {
 	}
 }
 
+func TestAClockThatIsPutBackKeepsNothingFromBeingKept(t *testing.T) {
+	c, _ := signed(t, 7)
+	clk := &clock{time.Date(2036, 11, 23, 12, 0, 0, 0, time.UTC)}
+	file := filepath.Join(t.TempDir(), "kept.json")
+	p, broken := &place{name: "p"}, &place{name: "broken", err: errors.New("away")}
+	k, _ := newKeeper(t, file, clk, c, p, broken)
+	k.Send(t.Context())
+	clk.advance(-10 * 365 * 24 * time.Hour)
+	broken.err = nil
+	for range 2 {
+		k.Send(t.Context())
+		k.Send(t.Context())
+		if len(p.got) != 2 || len(broken.got) != 1 {
+			t.Fatalf("%d and %d", len(p.got), len(broken.got))
+		}
+		k, _ = newKeeper(t, file, clk, c, p, broken)
+	}
+}
+
 func TestNothingIsKeptWhileNothingIsPublished(t *testing.T) {
 	p := &place{name: "p"}
 	k, _ := newKeeper(t, filepath.Join(t.TempDir(), "kept.json"), &clock{time.Unix(1_800_000_000, 0)}, "", p)
