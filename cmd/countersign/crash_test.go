@@ -253,6 +253,20 @@ func (h *house) process(name, url string, args ...string) *process {
 // start starts p and waits until it answers.
 func (p *process) start() {
 	p.h.t.Helper()
+	p.run()
+	eventually(p.h.t, p.name+" is ready", func() bool {
+		res, err := http.Get(p.url + "/readyz")
+		if err != nil {
+			return false
+		}
+		res.Body.Close()
+		return res.StatusCode == http.StatusOK
+	})
+}
+
+// run starts p.
+func (p *process) run() {
+	p.h.t.Helper()
 	cmd := countersign(p.h.t, p.args...)
 	cmd.Stdout, cmd.Stderr = p.log, p.log
 	done, err := vaultdev.Run(cmd)
@@ -262,14 +276,6 @@ func (p *process) start() {
 	p.mu.Lock()
 	p.cmd, p.done = cmd, done
 	p.mu.Unlock()
-	eventually(p.h.t, p.name+" is ready", func() bool {
-		res, err := http.Get(p.url + "/readyz")
-		if err != nil {
-			return false
-		}
-		res.Body.Close()
-		return res.StatusCode == http.StatusOK
-	})
 }
 
 // kill sends SIGKILL and waits until p is gone.

@@ -134,9 +134,13 @@ type standby struct {
 func (s *standby) set(h http.Handler) {
 	if h == nil {
 		if s.waiting == nil {
-			r := server.NewRouter(s.log.Named("api"), server.MaxBody)
+			// Nothing is logged: a load balancer asks all the time.
+			r := server.NewRouter(zap.NewNop(), server.MaxBody)
 			away := func(w http.ResponseWriter, r *http.Request) {
-				problem.Write(w, r, problem.LedgerUnavailable().Because(errors.New("this recorder stands by")))
+				// Behind one address with the active one, a connection that stayed
+				// open would keep its caller here.
+				w.Header().Set("Connection", "close")
+				problem.Write(w, r, problem.LedgerUnavailable())
 			}
 			r.Get("/healthz", ok)
 			r.NotFound(away)
@@ -159,7 +163,12 @@ func (s *standby) record(ctx context.Context, o *peopleOptions) error {
 	if err != nil {
 		return err
 	}
-	defer p.close()
+	defer func() {
+		p.close()
+		if o.approval != nil {
+			o.approval.scopes.OnChange(nil) // what is read from now on is announced by the next
+		}
+	}()
 	o.log.Info("recording", zap.Int64("entries", p.ledger.Size()))
 	s.set(p.handler)
 	select {

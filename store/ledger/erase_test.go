@@ -456,7 +456,23 @@ func TestAfterAnErasureNeitherTextNorKeyNorSaltIsInAnyFile(t *testing.T) {
 			if err := os.Rename(f.dump(), filepath.Join(backup, "dump.sql")); err != nil {
 				t.Fatal(err)
 			}
-			check("the server's files", serverFiles(t))
+			server := sharedServer(t)
+			if err := query(server.DSN, "CHECKPOINT"); err != nil {
+				t.Fatal(err)
+			}
+			check("the server's files", serverFiles(t, server))
+			copied, err := server.Backup()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer copied.Remove()
+			copied.Kill()
+			check("a base backup whose server was killed", serverFiles(t, copied))
+			if err := copied.Restart(); err != nil {
+				t.Fatal(err)
+			}
+			copied.Stop()
+			check("a base backup whose server was stopped", serverFiles(t, copied))
 		}
 		for db, file := range files {
 			c, err := openDB(file, 1)

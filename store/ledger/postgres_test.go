@@ -199,23 +199,25 @@ func (f *fixture) where() string {
 	return f.path()
 }
 
-// serverFiles is a directory with all files of the shared server, its WAL too,
-// as they are on disk.
-func serverFiles(t *testing.T) string {
+// serverFiles is a directory with all files of a server, its WAL too, as they
+// are on disk.
+func serverFiles(t *testing.T, s *postgrestest.Server) string {
 	t.Helper()
-	s := sharedServer(t)
-	if err := query(s.DSN, "CHECKPOINT"); err != nil {
-		t.Fatal(err)
-	}
-	to, n := t.TempDir(), 0
+	to, n, wal := t.TempDir(), 0, 0
 	if err := filepath.WalkDir(s.Data(), func(path string, d os.DirEntry, err error) error {
 		if err != nil || !d.Type().IsRegular() {
 			return nil // gone meanwhile
+		}
+		if filepath.Base(filepath.Dir(path)) == "pg_wal" {
+			wal++
 		}
 		n++
 		return os.Symlink(path, filepath.Join(to, fmt.Sprintf("%d-%s", n, d.Name())))
 	}); err != nil {
 		t.Fatal(err)
+	}
+	if wal == 0 {
+		t.Fatal("the server has no WAL")
 	}
 	return to
 }
