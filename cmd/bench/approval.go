@@ -189,12 +189,15 @@ func (d *dev) askMany(ctx context.Context) error {
 }
 
 // residentMiB is the resident memory of a process (proc(5), VmRSS).
-func residentMiB(pid int) (int, error) {
+func residentMiB(pid int) (int, error) { return memoryMiB(pid, "VmRSS:") }
+
+// memoryMiB is a line of what Linux tells of a process's memory (proc(5)).
+func memoryMiB(pid int, line string) (int, error) {
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 	if err != nil {
 		return 0, err
 	}
-	_, rest, _ := strings.Cut(string(b), "VmRSS:")
+	_, rest, _ := strings.Cut(string(b), line)
 	fields := strings.Fields(rest)
 	if len(fields) == 0 {
 		return 0, fmt.Errorf("process %d tells no memory", pid)

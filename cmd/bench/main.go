@@ -39,7 +39,7 @@ func run(ctx context.Context, binary, postgres string, each time.Duration, only 
 		{"disk", disk},
 		{"ledger", ledgerRows},
 		{"postgres-ledger", postgresLedgerRows},
-		{"million", millionRows},
+		{"million", func(ctx context.Context, t *table) error { return millionRows(ctx, t, binary) }},
 	}
 	wants := func(name string) bool { return strings.Contains(name, only) }
 	for _, g := range groups {

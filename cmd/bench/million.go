@@ -3,10 +3,12 @@ package main
 import (
 	"context"
 	"crypto/rand"
+	"crypto/sha256"
+	"encoding/binary"
+	"encoding/hex"
 	"fmt"
 	"os"
 	"path/filepath"
-	"strings"
 	"time"
 
 	"golang.org/x/mod/sumdb/note"
@@ -20,6 +22,7 @@ import (
 type million struct {
 	options  ledger.Options
 	engine   string
+	key      string // the log's, in full
 	verifier *store.LogVerifier
 }
 
@@ -29,7 +32,7 @@ func newMillion(ctx context.Context, dir string, entries int) (*million, error) 
 	if err != nil {
 		return nil, err
 	}
-	m := &million{engine: "SQLite", options: ledger.Options{Dir: filepath.Join(dir, "million"), Verifier: vkey, PrivacyKey: make(store.PrivacyKey, 32)}}
+	m := &million{engine: "SQLite", key: skey, options: ledger.Options{Dir: filepath.Join(dir, "million"), Verifier: vkey, PrivacyKey: make(store.PrivacyKey, 32)}}
 	if m.options.Signer, err = note.NewSigner(skey); err != nil {
 		return nil, err
 	}
@@ -43,11 +46,27 @@ func newMillion(ctx context.Context, dir string, entries int) (*million, error) 
 		return nil, err
 	}
 	defer l.Close()
+	// What `countersign dev` runs with; as decisions name it, its length before it.
+	catalogue, err := os.ReadFile("scopes/demo.yaml")
+	if err != nil {
+		return nil, fmt.Errorf("run this in the repository: %w", err)
+	}
+	policy := digest(binary.BigEndian.AppendUint64(nil, uint64(len(catalogue))), catalogue)
+	loaded := &store.Submission{Entry: store.Entry{V: store.Version, ID: store.NewID(), Type: store.PolicyLoaded, WriterTime: store.At(time.Now()), Agent: "spiffe://bench.example/broker/bench", Action: string(store.PolicyLoaded)}}
+	loaded.SetDetails(store.PolicyDetails{Digest: policy, Catalogue: digest(catalogue)})
+	loaded.Seal(store.SealedCatalogue, string(catalogue))
+	b, err := loaded.Marshal()
+	if err != nil {
+		return nil, err
+	}
+	if _, err := l.Append(ctx, ledger.Author{Name: "bench"}, [][]byte{b}); err != nil {
+		return nil, err
+	}
 	const requests = 128 // of 8 entries each in one append
 	for r := 0; r*8 < entries; r += requests {
 		var lines [][]byte
 		for i := r; i < r+requests; i++ {
-			for _, s := range story(i) {
+			for _, s := range story(i, policy) {
 				b, err := s.Marshal()
 				if err != nil {
 					return nil, err
@@ -72,7 +91,7 @@ func (m *million) inPostgres(ctx context.Context, dir string) (*million, *postgr
 	if err != nil {
 		return nil, nil, err
 	}
-	c := &million{options: m.options, engine: "PostgreSQL", verifier: m.verifier}
+	c := &million{options: m.options, engine: "PostgreSQL", key: m.key, verifier: m.verifier}
 	c.options.Postgres = s.DSN
 	c.options.KeysFile = filepath.Join(m.options.Dir, "details-keys.db")
 	c.options.Dir = filepath.Join(dir, "million-postgres")
@@ -110,19 +129,29 @@ func postgresOn(dir string) (*postgrestest.Server, error) {
 	return s, err
 }
 
-// story is one request from asking to revocation, with four uses.
-func story(i int) []*store.Submission {
-	scopes := []string{"orders-db:read", "vault:demo-read", "pki:service", "http:demo", "identity:step"}
+func digest(parts ...[]byte) string {
+	h := sha256.New()
+	for _, p := range parts {
+		h.Write(p)
+	}
+	return "sha256:" + hex.EncodeToString(h.Sum(nil))
+}
+
+// story is one request from asking to revocation, with four uses, decided by
+// policy.
+func story(i int, policy string) []*store.Submission {
+	scopes := []string{"vault:demo-read", "pki:service", "http:demo", "identity:step"}
+	scope := scopes[i/3%len(scopes)]
 	id, now := fmt.Sprintf("req_%07d", i), time.Now()
 	end := store.At(now.Add(5 * time.Minute))
-	grant := store.Grant{Scope: scopes[i%len(scopes)], Target: "postgres://" + scopes[i%len(scopes)], Engine: "database", TTL: store.Duration(5 * time.Minute), Delivery: "direct", Revocable: true}
+	grant := store.Grant{Scope: scope, Target: "postgres://" + scope, Engine: "database", TTL: store.Duration(5 * time.Minute), Delivery: "direct", Revocable: true}
 	entry := func(t store.Type, details any) *store.Submission {
 		s := &store.Submission{Entry: store.Entry{
 			V: store.Version, ID: store.NewID(), Type: t, WriterTime: store.At(now),
 			Orchestrator: fmt.Sprintf("orchestrator-%d", i%4), Run: fmt.Sprintf("run-%05d", i/40), Step: fmt.Sprintf("step-%07d", i), Request: id,
 			Resource: grant.Target, Action: grant.Scope, Risk: &store.Risk{Sensitivity: "low"},
 			Subject:  &store.Subject{ID: fmt.Sprintf("p-%026d", i%500)},
-			Decision: &store.Decision{Outcome: store.Allow, Policy: "sha256:" + strings.Repeat("0", 64), Reasons: []string{}},
+			Decision: &store.Decision{Outcome: store.Allow, Policy: policy, Reasons: []string{}},
 		}}
 		s.Agent = "spiffe://bench.example/orchestrator/" + s.Orchestrator + "/run/" + s.Run + "/step/" + s.Step
 		s.SetDetails(details)
@@ -136,13 +165,13 @@ func story(i int) []*store.Submission {
 	out := []*store.Submission{requested, issuing,
 		entry(store.CredentialIssued, store.IssuedDetails{Intent: issuing.ID, Attempt: 1, Kind: "database", Revocable: true, Accessor: "accessor-" + id, Expires: end})}
 	for n := range 4 {
-		out = append(out, entry(store.CredentialUsed, map[string]any{"intent": issuing.ID, "protocol": "postgres", "status": "ok", "rows": n, "bytes": 100 * n, "took": "1.2ms"}))
+		out = append(out, entry(store.CredentialUsed, store.UsedDetails{Intent: issuing.ID, Via: "introspection", By: "orders", Use: fmt.Sprintf("GET /orders/%d", n)}))
 	}
 	return append(out, entry(store.CredentialRevoked, store.ClosedDetails{Intent: issuing.ID, Attempt: 1}))
 }
 
 // millionRows measures what must not grow with the log.
-func millionRows(ctx context.Context, t *table) error {
+func millionRows(ctx context.Context, t *table, binary string) error {
 	dir, clean, err := scratch()
 	if err != nil {
 		return err
@@ -155,6 +184,9 @@ func millionRows(ctx context.Context, t *table) error {
 	if err := m.measure(ctx, t); err != nil {
 		return err
 	}
+	if err := m.review(ctx, t, binary); err != nil {
+		return err
+	}
 	p, s, err := m.inPostgres(ctx, dir)
 	if s != nil {
 		defer s.Remove()
@@ -162,7 +194,10 @@ func millionRows(ctx context.Context, t *table) error {
 	if err != nil {
 		return err
 	}
-	return p.measure(ctx, t)
+	if err := p.measure(ctx, t); err != nil {
+		return err
+	}
+	return p.review(ctx, t, binary)
 }
 
 // measure adds the rows of a cold start and of history.
