@@ -302,4 +302,7 @@ func TestAWriterIsAnnouncedOnce(t *testing.T) {
 	if n := r.ledger.Size(); n != 2 {
 		t.Fatalf("%d entries", n)
 	}
+	if err := announce(r, []auth.Principal{{Name: "recorder", Role: auth.Reviewer}, {Name: "recorder", Role: auth.Writer, Method: "token"}}); err == nil || r.ledger.Size() != 2 {
+		t.Fatalf("a writer by the recorder's name: %v", err)
+	}
 }

@@ -33,7 +33,8 @@ func (s Self) Record(ctx context.Context, sub *store.Submission) error {
 
 // Announce appends writer.added for each of writers that is not on record with
 // its method yet. A crash in the middle leaves some of them announced; the
-// next start announces the rest.
+// next start announces the rest. A writer of the recorder's own name is an error:
+// what it appends would pass as the recorder's.
 func (s Self) Announce(ctx context.Context, writers []auth.Principal) error {
 	known := map[store.WriterDetails]bool{}
 	q := ledger.Query{Type: string(store.WriterAdded), Limit: 1000}
@@ -59,6 +60,9 @@ func (s Self) Announce(ctx context.Context, writers []auth.Principal) error {
 		q.Cursor = page.Next
 	}
 	for _, w := range writers {
+		if w.Role == auth.Writer && w.Name == s.Name {
+			return fmt.Errorf("a writer is named %q, as the recorder itself is on record: give it another name", w.Name)
+		}
 		d := store.WriterDetails{Name: w.Name, Method: w.Method}
 		if w.Role != auth.Writer || known[d] {
 			continue

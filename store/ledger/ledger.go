@@ -205,9 +205,16 @@ func Open(ctx context.Context, o Options) (_ *Ledger, err error) {
 	if err := touch(o.KeysFile); err != nil {
 		return nil, err
 	}
+	// A WAL is shared memory, and so for one machine alone (SQLite, "Write-Ahead
+	// Logging"). A recorder on another one may take over while this has not noticed
+	// yet: there the file's locks keep both apart.
+	journal := "WAL"
+	if o.Postgres != "" {
+		journal = "TRUNCATE"
+	}
 	// secure_delete overwrites what is deleted with zeros, so that an erased key
 	// is not left on a free page.
-	if l.keys, err = openDB(o.KeysFile, 2, "_journal_mode=WAL", "_synchronous=FULL", "_pragma=secure_delete(1)"); err != nil {
+	if l.keys, err = openDB(o.KeysFile, 2, "_journal_mode="+journal, "_synchronous=FULL", "_pragma=secure_delete(1)"); err != nil {
 		return nil, err
 	}
 	if err := l.start(ctx); err != nil {
