@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -244,7 +245,12 @@ func printReport(cmd *cobra.Command, r *evidence.Report, o *evidence.Options) er
 	say("%s: %s, %d entries (%d read), root %s", verdict, r.Origin, r.Size, r.Leaves, r.Root)
 	if b := r.Bundle; b != nil && r.OK() {
 		if b.Complete {
-			say("complete: entries %d to %d, %s to %s, are all here", b.From, b.To-1, orNone(r.From), orNone(r.To))
+			if b.Entries > 0 {
+				say("complete: entries %d to %d, %s to %s, are all here", b.From, b.To-1, orNone(r.From), orNone(r.To))
+			} else {
+				say("complete: no entry lies in the window")
+			}
+			say("complete for the time after %s and before %s", cmp.Or(b.After, "the log's beginning"), cmp.Or(b.Before, "its end"))
 		} else {
 			say("filtered: %d entries between %d and %d match the filters; that there are no others is not proved", b.Entries, b.From, b.To-1)
 		}

@@ -177,7 +177,8 @@ func TestABundleHoldsItsWindowAndAllThatItIsJudgedBy(t *testing.T) {
 	if leaves, _ := h.lines(window...); string(files["entries.jsonl"]) != leaves {
 		t.Error("entries.jsonl does not hold the leaves of the window as they are")
 	}
-	context := []int64{at["policy"], at["1 requested"], at["1 requested"] + 1, at["1 decided"], at["1 revoked"], at["1 used late"], at["3 revoked"], o.Index}
+	gone := at["2 requested"] // whose last entry is the one before the window
+	context := []int64{at["policy"], at["1 requested"], at["1 requested"] + 1, at["1 decided"], gone, gone + 1, gone + 2, gone + 3, at["1 revoked"], at["1 used late"], at["3 revoked"], o.Index}
 	leaves, index := h.lines(context...)
 	if string(files["context.index"]) != index || string(files["context.jsonl"]) != leaves {
 		t.Errorf("the context is\n%swant\n%s", files["context.index"], index)
@@ -273,7 +274,7 @@ func TestTheContextIsTheSameHoweverItIsLookedFor(t *testing.T) {
 		for to := from; to < h.l.Size(); to++ {
 			got := find(from, to, h.l.Size())
 			seen := map[string]bool{}
-			for i := from; i < to; i++ {
+			for i := max(from-1, 0); i <= to; i++ { // with the entries on both sides
 				seen[memberOf([]byte(h.leaf(i)), "request")] = true
 			}
 			for i := range h.l.Size() {
@@ -340,8 +341,9 @@ func TestAnErasedTextIsInNoMemberAndItsErasureIs(t *testing.T) {
 	o := h.exported(hour, nil)
 	raw := h.export(o)
 	_, files, _ := members(t, raw)
-	_, index := h.lines(at["policy"], at["1 requested"], at["1 requested"]+1, at["1 decided"], at["1 revoked"], at["1 used late"], at["3 revoked"],
-		of[0]-1, of[1], of[2], of[3], of[4], o.Index) // the retention, and the erasures but that of request 2
+	gone := at["2 requested"] // whose last entry is the one before the window
+	_, index := h.lines(at["policy"], at["1 requested"], at["1 requested"]+1, at["1 decided"], gone, gone+1, gone+2, gone+3,
+		at["1 revoked"], at["1 used late"], at["3 revoked"], of[0]-1, of[0], of[1], of[2], of[3], of[4], o.Index) // the retention, and the erasures
 	if string(files["context.index"]) != index {
 		t.Errorf("the context is\n%swant\n%s", files["context.index"], index)
 	}
@@ -465,7 +467,7 @@ func TestTheContextHoldsWhatAStandingApprovalRestsOn(t *testing.T) {
 	issuing := h.append(false, intent, first.issued(intent))
 	unrelated := h.tale("0", "run-0", "orders:read", store.Allow)
 	in := unrelated.issuing()
-	h.append(false, unrelated.requested("other"), in, unrelated.issued(in))
+	other := h.append(false, unrelated.requested("other"), in, unrelated.issued(in))
 
 	h.now = h.now.Add(time.Hour) // 9:00
 	second := h.tale("2", "run-1", "orders:write", store.NeedsApproval)
@@ -479,7 +481,11 @@ func TestTheContextHoldsWhatAStandingApprovalRestsOn(t *testing.T) {
 			o.Filters = map[string]string{"step": q.Step}
 		}
 		_, files, _ := members(t, h.export(o))
-		_, index := h.lines(at, at+1, decided, issuing, issuing+1, o.Index)
+		want := []int64{at, at + 1, decided, issuing, issuing + 1}
+		if q.Step == "" {
+			want = append(want, other, other+1, other+2, o.To) // the entries on both sides of the window
+		}
+		_, index := h.lines(slices.Compact(append(want, o.Index))...)
 		if string(files["context.index"]) != index {
 			t.Errorf("%s: the context is\n%swant\n%s", name, files["context.index"], index)
 		}

@@ -359,6 +359,12 @@ func (s *scribe) bundle(v view, from, to int64) *parcel {
 			requests[s.entries[i].Request] = s.entries[i].Request != ""
 		}
 	}
+	edge := func(i int64) bool { return len(v.filters) == 0 && (i == from-1 || i == to) }
+	for i, e := range s.entries {
+		if edge(int64(i)) && e.Request != "" {
+			requests[e.Request] = true
+		}
+	}
 	for i, e := range s.entries {
 		switch e.Type {
 		case store.PasskeyEnrolled, store.PasskeyActivated, store.PolicyLoaded, store.HoldPlaced, store.HoldLifted, store.DetailsErased:
@@ -367,7 +373,7 @@ func (s *scribe) bundle(v view, from, to int64) *parcel {
 			}
 			context = append(context, int64(i))
 		default:
-			if !shown[int64(i)] && (requests[e.Request] || int64(i) == s.index["export"]) {
+			if !shown[int64(i)] && (requests[e.Request] || edge(int64(i)) || int64(i) == s.index["export"]) {
 				context = append(context, int64(i))
 			}
 		}

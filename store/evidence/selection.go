@@ -199,6 +199,9 @@ func (s *selection) around(ctx context.Context, export int64) error {
 	if err := s.requests(ctx, n, look, add); err != nil {
 		return err
 	}
+	if err := s.edges(ctx, look, add); err != nil {
+		return err
+	}
 	// What an approval for a whole run rests on. It is a request like others, and
 	// rests on none itself.
 	for _, r := range slices.Sorted(maps.Keys(drawn)) {
@@ -211,6 +214,35 @@ func (s *selection) around(ctx context.Context, export int64) error {
 	}
 	s.context = slices.Sorted(maps.Keys(found))
 	return s.erasures(ctx)
+}
+
+// edges adds the entries before and after a window that is not filtered, with
+// those of their requests to judge them by: their times show which time the
+// window is whole for, so that nobody can begin it late or end it early unseen.
+func (s *selection) edges(ctx context.Context, look func([]byte) error, add func(int64)) error {
+	if s.filtered {
+		return nil
+	}
+	for _, i := range []int64{s.from - 1, s.to} {
+		if i < 0 || i >= s.size {
+			continue
+		}
+		request := ""
+		if err := s.scan(ctx, i, i+1, func(_ int64, leaf []byte) error {
+			request = memberOf(leaf, "request")
+			return nil
+		}); err != nil {
+			return err
+		}
+		add(i)
+		if request == "" {
+			continue
+		}
+		if err := s.ofRequest(ctx, request, 0, add, look); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // requests adds the other entries of every request that has one in the

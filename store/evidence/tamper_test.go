@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -79,6 +80,19 @@ func dropContext(name string) func(*parcel) {
 			return slices.DeleteFunc(l, func(x []byte) bool { return bytes.HasPrefix(x, []byte(`{"index":`+at+",")) })
 		})
 	}
+}
+
+// around puts an entry into the context.
+func (p *parcel) around(index int64, leaf []byte) {
+	n := 0
+	p.change(memberContextIndex, func(l [][]byte) [][]byte {
+		n = slices.IndexFunc(l, func(x []byte) bool {
+			i, _ := strconv.ParseInt(strings.TrimSpace(string(x)), 10, 64)
+			return i > index
+		})
+		return slices.Insert(l, n, fmt.Appendf(nil, "%d\n", index))
+	})
+	p.change(memberContext, func(l [][]byte) [][]byte { return slices.Insert(l, n, append(bytes.Clone(leaf), '\n')) })
 }
 
 // bendText changes the lines of sealed.jsonl that open an entry.
@@ -268,18 +282,13 @@ var tamperings = []tampering{
 		p.change(memberContext, func(l [][]byte) [][]byte { l[0] = otherLog(p).lines(memberEntries)[0]; return l })
 	}, fit: fitAll, kind: KindLeaf, at: "policy", python: true},
 	{name: "an entry both in window and context", v: part, bend: func(p *parcel) {
-		p.change(memberContext, func(l [][]byte) [][]byte {
-			return slices.Insert(l, len(l)-1, p.lines(memberEntries)[p.line("b1 used")])
-		})
-		p.change(memberContextIndex, func(l [][]byte) [][]byte {
-			return slices.Insert(l, len(l)-1, fmt.Appendf(nil, "%d\n", p.scribe.index["b1 used"]))
-		})
+		i := p.scribe.index["b1 used"]
+		p.around(i, p.scribe.leaves[i])
 	}, fit: fitAll, kind: KindWindow, at: "b1 used", python: true},
 	{name: "an entry that another hides", v: part, bend: func(p *parcel) {
 		i := p.scribe.index["b1 used"]
 		forged := bytes.Replace(p.scribe.leaves[i], []byte("GET /orders/b1"), []byte("GET /orders/b2"), 1)
-		p.change(memberContext, func(l [][]byte) [][]byte { return slices.Insert(l, len(l)-1, append(forged, '\n')) })
-		p.change(memberContextIndex, func(l [][]byte) [][]byte { return slices.Insert(l, len(l)-1, fmt.Appendf(nil, "%d\n", i)) })
+		p.around(i, forged)
 	}, fit: fitAll, kind: KindWindow, at: "b1 used", python: true},
 	{name: "an index twice, first with another entry", v: ofRun2, bend: func(p *parcel) {
 		p.change(memberEntries, func(l [][]byte) [][]byte {
@@ -341,6 +350,8 @@ var tamperings = []tampering{
 		}
 		p.fit()
 	}, kind: KindExport, at: "export"},
+	{name: "the entry before the window left out", v: part, bend: func(p *parcel) { dropContext("5 decided")(p) }, fit: fitAll, kind: KindWindow, at: "5 decided"},
+	{name: "the entry behind the window left out", v: part, bend: func(p *parcel) { dropContext("b3 requested")(p) }, fit: fitAll, kind: KindWindow, at: "b3 requested"},
 	{name: "a window widened", bend: manifestLie(func(m *manifest) { m.Window.From = 0; m.Window.To++ }), kind: KindWindow, at: "export", python: true},
 	{name: "a filtered bundle that claims to be complete", v: ofRun2, bend: manifestLie(func(m *manifest) { m.Complete = true }), kind: KindManifest},
 	{name: "a filter that is not told", v: ofRun2, bend: func(p *parcel) {

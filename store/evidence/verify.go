@@ -127,8 +127,10 @@ type Report struct {
 
 // Contents is what a bundle holds.
 type Contents struct {
-	From     int64             `json:"from"` // window, as indexes
-	To       int64             `json:"to"`   // exclusive
+	From     int64             `json:"from"`            // window, as indexes
+	To       int64             `json:"to"`              // exclusive
+	After    string            `json:"after,omitzero"`  // time of the last entry before the window, where it is complete
+	Before   string            `json:"before,omitzero"` // time of the first entry behind it
 	Complete bool              `json:"complete"`
 	Filters  map[string]string `json:"filters,omitzero"`
 	Entries  int64             `json:"entries"` // of the window

@@ -99,6 +99,7 @@ func verifyBundle(ctx context.Context, b *bundle, r *Report, o *Options) (*Repor
 	}
 	d.finish()
 	p.counts(d)
+	p.edges()
 	b.policies(d.policies)
 	b.rest()
 	return r.done(), nil
@@ -450,11 +451,32 @@ func (p *pipeline) take(it *piece) {
 	if it.entry == nil {
 		return
 	}
-	if it.window {
+	switch m := &p.b.m; {
+	case it.window:
 		p.types[it.entry.Type]++
 		p.b.r.span(it.entry)
+	case len(m.Filters) > 0:
+	case it.index == m.Window.From-1:
+		p.b.r.Bundle.After = it.entry.Time.String()
+	case it.index == m.Window.To:
+		p.b.r.Bundle.Before = it.entry.Time.String()
 	}
 	p.judge.take(it.index, it.leaf, it.entry, it.opened)
+}
+
+// edges checks that the entries on both sides of a whole window are here. By
+// their times a reader sees which time the window is whole for.
+func (p *pipeline) edges() {
+	r, w := p.b.r, &p.b.m.Window
+	if len(p.b.m.Filters) > 0 {
+		return
+	}
+	if w.From > 0 && r.Bundle.After == "" {
+		r.add(w.From-1, KindWindow, "the entry before the window is not here: entries at the window's beginning could be missing")
+	}
+	if w.To < p.size && r.Bundle.Before == "" {
+		r.add(w.To, KindWindow, "the entry behind the window is not here: entries at the window's end could be missing")
+	}
 }
 
 // counts compares the manifest's figures with what was read.
