@@ -192,17 +192,41 @@ func (l *Ledger) inTransaction(ctx context.Context, fn func() error) error {
 	return err
 }
 
+// copyBytes is how many bytes of rows are held before they are written: the texts
+// of policies are long.
+const copyBytes = 8 << 20
+
 // copyRows copies rows of one of the tables beside.
 func (l *Ledger) copyRows(ctx context.Context, source *Ledger, b besideTable, where string, args ...any) error {
 	var values []any
+	size := 0
+	write := func() error {
+		err := l.e.insert(ctx, &l.wr, b.name+" ("+b.columns+")", strings.Count(b.columns, ",")+1, values, "")
+		values, size = nil, 0
+		return err
+	}
 	if err := each(ctx, source.wr.conn, func(rows *sql.Rows) error {
 		row, err := scanRow(rows)
+		if err != nil {
+			return err
+		}
 		values = append(values, row...)
-		return err
+		for _, v := range row {
+			switch v := v.(type) {
+			case []byte:
+				size += len(v)
+			case string:
+				size += len(v)
+			}
+		}
+		if size < copyBytes {
+			return nil
+		}
+		return write()
 	}, b.selects()+where, args...); err != nil {
 		return err
 	}
-	return l.e.insert(ctx, &l.wr, b.name+" ("+b.columns+")", strings.Count(b.columns, ",")+1, values, "")
+	return write()
 }
 
 // scanRow reads a row of columns that are int64, string or []byte.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/countersign-dev/countersign/store"
@@ -82,6 +83,26 @@ func TestALedgerIsCopiedFromEngineToEngineAndGoesOnThere(t *testing.T) {
 		l.Close()
 		if _, err := Copy(t.Context(), f.database(), back.database(), f.verify, nil); !errors.Is(err, ErrNotEmpty) {
 			t.Fatalf("over a ledger: %v", err)
+		}
+	})
+}
+
+func TestLongTextsAreCopiedWithoutHoldingThemAll(t *testing.T) {
+	onBoth(t, func(t *testing.T, on engineName) {
+		f := newFixtureOn(t, on)
+		l := f.open()
+		for range 12 {
+			s := used("r")
+			s.Type = store.PolicyLoaded
+			s.SetDetails(store.PolicyDetails{})
+			s.Seal(store.SealedCatalogue, strings.Repeat("x", 1<<20))
+			f.append(l, s, used("r"))
+		}
+		l.Close()
+		to := f.besideOn(onSQLite)
+		// It compares every row of the copy with what was copied.
+		if _, err := Copy(t.Context(), f.database(), to.database(), f.verify, nil); err != nil {
+			t.Fatal(err)
 		}
 	})
 }
