@@ -340,7 +340,7 @@ func (h *house) count() int {
 func (h *house) more(n int) {
 	h.t.Helper()
 	was := h.count()
-	eventually(h.t, fmt.Sprintf("%d more credentials are received", n), func() bool { return h.count() >= was+n })
+	eventually(h.t, fmt.Sprintf("%d more credentials are received", n), func() bool { return h.count() >= was+n || h.t.Failed() })
 	if h.t.Failed() {
 		h.t.FailNow()
 	}
