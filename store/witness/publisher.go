@@ -179,8 +179,13 @@ func Quorum(n int, witnesses []*Client) (torchwood.Policy, error) {
 	return torchwood.ThresholdPolicy(n, each...), nil
 }
 
-// Run publishes l until ctx ends.
+// Run publishes l until ctx ends. It may be called again then, with the log as it
+// was opened anew: what l publishes does not outlast l.
 func (p *Publisher) Run(ctx context.Context, l Published) {
+	p.candidate, p.published = nil, -1
+	for _, w := range p.peers {
+		w.busy, w.signed = false, "" // whoever was asked when the last run ended has answered nobody
+	}
 	ctx, cancel := context.WithCancel(ctx)
 	under := 0 // asks under way
 	defer func() {

@@ -3,6 +3,7 @@ package witness
 import (
 	"context"
 	"fmt"
+	"io"
 	"net/http"
 	"net/http/httptest"
 	"path/filepath"
@@ -184,6 +185,63 @@ func TestACheckpointIsWithheldUntilThePolicyIsMet(t *testing.T) {
 		n, _ := store.CheckpointSize(l.Published())
 		return n == 10 && cosigners(l.Published(), w1, w2) == 2
 	})
+}
+
+func TestALedgerThatIsOpenedAnewIsPublishedAnew(t *testing.T) {
+	for _, withhold := range []bool{false, true} {
+		t.Run(fmt.Sprint("withhold ", withhold), func(t *testing.T) {
+			k := newLogKey(t)
+			w := newWitness(t, "witness.example/w1", k)
+			var hangs atomic.Bool
+			asked := make(chan struct{}, 100)
+			gate := httptest.NewServer(http.HandlerFunc(func(out http.ResponseWriter, r *http.Request) {
+				if hangs.Load() {
+					_, _ = io.Copy(io.Discard, r.Body) // so that the server notices when the caller goes
+					asked <- struct{}{}
+					<-r.Context().Done()
+					return
+				}
+				w.addCheckpoint(out, r)
+			}))
+			t.Cleanup(gate.Close)
+			client, err := NewClient(gate.URL, w.signer.Verifier().String(), k.verifier, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			dir := t.TempDir()
+			c := PublisherConfig{Key: k.vkey, Every: 10 * time.Millisecond, Agent: "spiffe://example.test/recorder/recorder", Witnesses: []*Client{client}}
+			if withhold {
+				c.Withhold, c.Policy, c.File = true, quorum(t, 1, c.Witnesses), filepath.Join(dir, "published")
+			}
+			var l *ledger.Ledger
+			c.Record = func(ctx context.Context, s *store.Submission) error { return record(l)(ctx, s) }
+			p, err := NewPublisher(c)
+			if err != nil {
+				t.Fatal(err)
+			}
+			again := func() {
+				t.Helper()
+				l = openLedger(t, k, dir, func(ctx context.Context, l *ledger.Ledger) { p.Run(ctx, l) })
+			}
+			cosigned := func() bool {
+				n, _ := store.CheckpointSize(l.Published())
+				return n == l.Size() && cosigners(l.Published(), w) == 1
+			}
+			again()
+			appendEntries(t, l, 3)
+			eventually(t, "published", cosigned)
+			l.Close()
+			again() // nothing is new
+			eventually(t, "published again", cosigned)
+			hangs.Store(true)
+			appendEntries(t, l, 3)
+			<-asked
+			l.Close() // in the middle of an ask
+			hangs.Store(false)
+			again()
+			eventually(t, "published after a broken-off ask", cosigned)
+		})
+	}
 }
 
 func TestWhatWasPublishedIsNotPublishedAgainOnceThePolicyIsStricter(t *testing.T) {
