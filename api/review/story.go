@@ -249,8 +249,16 @@ func (s *Server) step(w http.ResponseWriter, r *http.Request) {
 			s.fail(w, r, err)
 			return
 		}
-		if len(tail.Entries) == storyEnd {
-			p.Between = last
+		if len(tail.Entries) > 0 {
+			q.Limit, q.Newest = 1, false
+			between, err := s.index.Find(r.Context(), q, last+1, tail.Entries[0].Index)
+			if err != nil {
+				s.fail(w, r, err)
+				return
+			}
+			if len(between.Entries) > 0 {
+				p.Between = last
+			}
 		}
 		entries = append(entries, tail.Entries...)
 	}

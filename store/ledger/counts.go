@@ -421,8 +421,8 @@ type Found struct {
 }
 
 // Find returns the first q.Limit entries that match q with an index of
-// [from, to), or the last of them where q.Newest is set. q's cursor means nothing
-// to it. It costs the same wherever the stretch lies, and however few of the
+// [from, to), or the last of them where q.Newest is set: fewer where they would
+// take more memory than a page may (pageBytes). q's cursor means nothing to it. It costs the same wherever the stretch lies, and however few of the
 // entries that match one filter match another too. Errors are as History's.
 func (x *Index) Find(ctx context.Context, q Query, from, to int64) (*Found, error) {
 	ctx, err := x.l.readContext(ctx)
@@ -467,8 +467,15 @@ func (x *Index) Find(ctx context.Context, q Query, from, to int64) (*Found, erro
 		}
 		*side.more = len(other) > 0
 	}
-	f.Entries, err = x.load(ctx, idx)
-	return f, err
+	if f.Entries, err = x.load(ctx, idx, q.Newest); err != nil {
+		return nil, err
+	}
+	if short := len(f.Entries) < len(idx); short && q.Newest {
+		f.Older = true
+	} else if short {
+		f.Newer = true
+	}
+	return f, nil
 }
 
 // picker returns what finds the indexes that match fs: the first n of
@@ -524,9 +531,17 @@ func (x *Index) picker(ctx context.Context, fs []filter, size int64) (func(from,
 }
 
 // load reads the entries of idx with the texts behind their commitments.
-func (x *Index) load(ctx context.Context, idx []int64) ([]HistoryEntry, error) {
-	out := make([]HistoryEntry, 0, len(idx))
-	for part := range slices.Chunk(idx, chunk) {
+func (x *Index) load(ctx context.Context, idx []int64, newest bool) ([]HistoryEntry, error) {
+	var parts [][]HistoryEntry
+	for size := 0; len(idx) > 0 && size <= pageBytes; {
+		part := idx[:min(len(idx), loadChunk)]
+		if newest {
+			part = idx[max(0, len(idx)-loadChunk):]
+			idx = idx[:len(idx)-len(part)]
+		} else {
+			idx = idx[len(part):]
+		}
+		out := make([]HistoryEntry, 0, len(part))
 		leaves, err := x.l.leaves(ctx, part)
 		if err != nil {
 			return nil, err
@@ -552,12 +567,22 @@ func (x *Index) load(ctx context.Context, idx []int64) ([]HistoryEntry, error) {
 					h.Opened = map[string]string{}
 				}
 				h.Opened[field] = o.Text
+				size += len(o.Text)
 			}
+			size += len(h.Entry)
 			out = append(out, h)
 		}
+		parts = append(parts, out)
 	}
-	return out, nil
+	if newest {
+		slices.Reverse(parts)
+	}
+	return slices.Concat(parts...), nil
 }
+
+// loadChunk is how many entries are read at once: with the longest leaves, a
+// quarter of pageBytes.
+const loadChunk = pageBytes / 4 / store.MaxEntry
 
 // Lookup is the index of the entry with that id. The error wraps ErrNotFound
 // where there is none.

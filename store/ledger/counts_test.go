@@ -208,6 +208,46 @@ func TestWhatIsNotReadYetIsSaidToBeCountedAndSoonIs(t *testing.T) {
 	})
 }
 
+func TestWhatIsFoundIsBoundedInBytesAndLeadsOn(t *testing.T) {
+	f := newFixture(t)
+	l := f.open()
+	var want []int64
+	for i := range 400 {
+		s := used("r")
+		s.SetDetails(map[string]string{"note": strings.Repeat("x", 60_000)})
+		f.append(l, s)
+		want = append(want, int64(i))
+	}
+	x := NewIndex(l)
+	for _, newest := range []bool{false, true} {
+		var got []int64
+		pages, from, to := 0, int64(0), l.Size()
+		for more := true; more; pages++ {
+			found, err := x.Find(t.Context(), Query{Run: "r", Limit: maxLimit, Newest: newest}, from, to)
+			if err != nil || len(found.Entries) == 0 {
+				t.Fatalf("%d entries: %v", len(found.Entries), err)
+			}
+			size := 0
+			var page []int64
+			for _, e := range found.Entries {
+				size += len(e.Entry)
+				page = append(page, e.Index)
+			}
+			if size > pageBytes+pageBytes/4 {
+				t.Errorf("%d bytes at once", size)
+			}
+			if more = found.Newer; newest {
+				got, to, more = append(page, got...), page[0], found.Older
+			} else {
+				got, from = append(got, page...), page[len(page)-1]+1
+			}
+		}
+		if pages != 2 || !slices.Equal(got, want) {
+			t.Errorf("newest %t: %d entries on %d pages", newest, len(got), pages)
+		}
+	}
+}
+
 func TestAStoppedLedgerIsNotCounted(t *testing.T) {
 	onBoth(t, func(t *testing.T, on engineName) {
 		f := newFixtureOn(t, on)
