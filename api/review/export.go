@@ -93,6 +93,12 @@ func ownerOf(p *auth.Principal) string { return p.Method + " " + string(p.Role) 
 
 // create puts an export on record, starts it and sends it as it is written.
 func (x *Exports) create(w http.ResponseWriter, r *http.Request) {
+	// A browser's session comes along with a link on anybody's page, and what it
+	// leads to here is put on record as the person's own doing.
+	if site := r.Header.Get("Sec-Fetch-Site"); site == "cross-site" || site == "same-site" {
+		problem.Write(w, r, problem.RoleForbidden("an export is not to be asked for from another site's page"))
+		return
+	}
 	format, since, q, filters, err := x.exportQuery(r.URL.Query())
 	if err != nil {
 		problem.Write(w, r, err)

@@ -486,6 +486,22 @@ func TestHostileQueriesAreRefusedAndNothingIsOnRecord(t *testing.T) {
 	if resp.StatusCode != http.StatusMethodNotAllowed {
 		t.Errorf("HEAD: %s", resp.Status)
 	}
+	for _, site := range []string{"cross-site", "same-site"} {
+		r, err := http.NewRequest(http.MethodGet, d.url+"/history/export", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.Header.Set("Authorization", "Bearer "+d.tokens["reviewer-a"])
+		r.Header.Set("Sec-Fetch-Site", site)
+		resp, err := http.DefaultClient.Do(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp.Body.Close()
+		if resp.StatusCode != http.StatusForbidden {
+			t.Errorf("from a %s page: %s", site, resp.Status)
+		}
+	}
 	if d.l.Size() != 20 {
 		t.Errorf("%d entries", d.l.Size())
 	}
