@@ -230,7 +230,6 @@ type pipeline struct {
 
 	entries, context, sealed int64
 	types                    map[store.Type]int64
-	first, last              store.Time // of the window
 }
 
 func (p *pipeline) run(ctx context.Context, d *derivation) error {
