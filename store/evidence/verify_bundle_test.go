@@ -6,6 +6,7 @@ import (
 	"crypto/ed25519"
 	"crypto/rand"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -16,6 +17,8 @@ import (
 	"filippo.io/torchwood"
 	"golang.org/x/mod/sumdb/note"
 	"golang.org/x/mod/sumdb/tlog"
+
+	"github.com/countersign-dev/countersign/store"
 )
 
 // bundleReport verifies a bundle.
@@ -205,6 +208,31 @@ func TestNoFindingGivesOrdersToATerminal(t *testing.T) {
 	}
 	if got := Plain("a\x1b\xff\u202e\"é\\n"); got != `a\x1b\xff\u202e"é\n` {
 		t.Errorf("plain text is %q", got)
+	}
+}
+
+func TestDecisionsByAPolicyThatWasReplacedAreNoted(t *testing.T) {
+	s := newScribe(t)
+	s.after["a5 revoked"] = func(s *scribe) { // the broker loads a stricter policy, and goes on as before
+		e := &store.Submission{Entry: store.Entry{Type: store.PolicyLoaded, Action: "policy.loaded"}}
+		e.SetDetails(store.PolicyDetails{Digest: inForceDigest(catalogue, "package y\n", true), Catalogue: textDigest(catalogue), Policy: textDigest("package y\n")})
+		e.Seal(store.SealedCatalogue, catalogue)
+		e.Seal(store.SealedPolicy, "package y\n")
+		s.put("stricter", "broker-1", e)
+	}
+	p := s.write().export(view{})
+	i := slices.IndexFunc(p.names, func(n string) bool { return strings.HasPrefix(n, "policies/") })
+	name := "policies/" + textDigest("package y\n")[7:] + ".rego"
+	p.names, p.data[name] = slices.Insert(p.names, i, name), []byte("package y\n")
+	p.fit()
+	r := bundleReport(t, save(t, p.zip()), s.options())
+	first := s.index["stricter"]
+	for s.entries[first].Type != store.StepRequested || s.entries[first].Time.Before(s.entries[s.index["stricter"]].Time.Add(swapLeeway)) {
+		first++
+	}
+	want := fmt.Sprintf("requests from entry %d on were decided by the policy", first)
+	if !r.OK() || len(r.Notes) != 1 || !strings.Contains(r.Notes[0], want) {
+		t.Errorf("findings %v, notes %q; want %q", r.Findings, r.Notes, want)
 	}
 }
 

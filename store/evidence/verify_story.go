@@ -55,6 +55,7 @@ type judge struct {
 	undecided  map[string][]undecided                              // by digest, what waits for its catalogue
 	standing   map[string]*store.Rule                              // by request that draws on a standing approval, the rule it falls under
 	anchors    *anchors
+	inForce    inForce
 
 	from   int64                             // where the window begins: what was in force before it need not be at hand
 	export func(index int64, e *store.Entry) // sees each export.created; may be nil
@@ -153,6 +154,9 @@ func (j *judge) take(index int64, leaf []byte, e *store.Entry, opened map[string
 	switch e.Type {
 	case store.StepRequested, store.ApprovalRequested, store.CredentialIssuing:
 		j.ruled(index, e)
+		if e.Type == store.StepRequested && e.Decision != nil {
+			j.inForce.decided(index, e)
+		}
 	case store.ApprovalDecided, store.ApprovalStanding:
 		j.voted(index, e)
 		if d, err := store.DetailsAs[store.DecidedDetails](e); err == nil {
@@ -238,6 +242,7 @@ func (j *judge) policy(index int64, e *store.Entry, opened map[string]string) {
 		j.retention[e.Writer] = d.Retention
 	}
 	j.known[d.Digest] = true
+	j.inForce.load(e, d.Digest)
 	catalogue, ok := opened[store.SealedCatalogue]
 	if !ok {
 		return // where it should be there, its absence is a finding of its own
@@ -262,7 +267,7 @@ func (j *judge) policy(index int64, e *store.Entry, opened map[string]string) {
 	if j.catalogues[d.Catalogue] == nil {
 		of, err := j.o.Rules([]byte(catalogue))
 		if err != nil {
-			j.r.add(index, KindPolicy, "its catalogue cannot be read: %v", err)
+			j.r.add(index, KindPolicy, "its catalogue cannot be read: %.1000v", err)
 			return
 		}
 		j.catalogues[d.Catalogue] = of
@@ -529,6 +534,7 @@ func (j *judge) finish() {
 		}
 		j.r.note("%d entries from %d on name the policy %.80q, whose catalogue is not here: their rules were not compared with it", len(waiting), first, policy)
 	}
+	j.inForce.tell(j.r)
 	if j.tally.nameless > 0 {
 		j.r.note("%d uses name no credential, and were not judged", j.tally.nameless)
 	}
