@@ -95,6 +95,7 @@ const (
 	maxRuleGroups = 10
 	maxRuleCount  = 20
 	maxRuleLife   = Duration(7 * 24 * time.Hour)
+	maxVotes      = maxRuleGroups * maxRuleCount // on one request: each costs a look at all
 )
 
 // Valid says what is wrong with r, or nil.

@@ -1,6 +1,7 @@
 package store
 
 import (
+	"fmt"
 	"slices"
 	"strings"
 	"testing"
@@ -220,5 +221,24 @@ func TestWhoMayDecideIsJudgedInOneOrder(t *testing.T) {
 		} else if _, ok := IsOrder(err, c.want); !ok {
 			t.Errorf("%s: got %v, want %s", name, err, c.want)
 		}
+	}
+}
+
+func TestNoRequestTakesMoreApprovalsThanAWarrantHolds(t *testing.T) {
+	rule := Rule{Groups: []RuleGroup{{Group: "dba", Count: 1}, {Group: "risk", Count: 1}}, Expires: Duration(time.Hour), Collect: Duration(time.Minute)}
+	now := At(time.Date(2026, 7, 1, 8, 0, 0, 0, time.UTC))
+	r := &Request{ID: "req_1", Status: StatusPending, Pending: &Pending{Rule: rule, Expires: At(now.Add(time.Hour))}}
+	for i := range maxVotes {
+		person := fmt.Sprint("p-", i)
+		if err := r.May(Approve, person, []string{"dba"}, false, false, now); err != nil {
+			t.Fatalf("approval %d: %v", i+1, err)
+		}
+		r.Pending.Votes = append(r.Pending.Votes, Vote{Person: person, Groups: []string{"dba"}, Time: now})
+	}
+	if _, refused := IsOrder(r.May(Approve, "p-more", []string{"dba"}, false, false, now), OrderDecided); !refused {
+		t.Error("one more was taken")
+	}
+	if err := r.May(Refuse, "p-more", []string{"dba"}, false, false, now); err != nil {
+		t.Errorf("nobody may deny any more: %v", err)
 	}
 }

@@ -486,6 +486,8 @@ func (r *Request) May(decision, person string, groups []string, reason, passkey 
 		return nil // at any hour, signed or not
 	case slices.ContainsFunc(p.Votes, func(v Vote) bool { return v.Person == person }):
 		return refuse(OrderDecided, "the person has approved already")
+	case len(p.Votes) >= maxVotes:
+		return refuse(OrderDecided, "as many people have approved as a warrant holds")
 	case p.Rule.Hours != nil && !p.Rule.Hours.Contains(now.Time):
 		return refuse(OrderHours, "approvals are taken "+p.Rule.Hours.String())
 	case p.Rule.Passkey && !passkey:

@@ -104,7 +104,7 @@ func (w *Warrant) Verify(log *LogVerifier, now time.Time) (*Warranted, error) {
 // verify checks that people approved what intent would mint, and returns the
 // rule they met.
 func (a *Approval) verify(log *LogVerifier, req *Entry, rd *RequestedDetails, intent *Entry, id *IssuingDetails, before int64) (*Rule, error) {
-	if len(a.Decisions) > maxRuleGroups*maxRuleCount || len(a.Passkeys) > 2*maxRuleGroups*maxRuleCount {
+	if len(a.Decisions) > maxVotes || len(a.Passkeys) > 2*maxVotes {
 		return nil, errors.New("too many decisions")
 	}
 	asked, err := log.Check(a.Requested)
