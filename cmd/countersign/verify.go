@@ -262,6 +262,9 @@ func printReport(cmd *cobra.Command, r *evidence.Report, o *evidence.Options) er
 	if r.OK() && r.Signed > 0 {
 		say("approvals: the passkey signatures of %d decisions hold", r.Signed)
 	}
+	if r.OK() && r.Unsigned > 0 {
+		say("not signed: %d decisions; who took them is the recorder's word", r.Unsigned)
+	}
 	switch {
 	case !r.OK() || r.Enrolled == 0:
 	case len(o.Provider) == 0:

@@ -111,6 +111,7 @@ type Report struct {
 	Witnesses  []string  `json:"witnesses,omitzero"` // those asked for that cosigned the checkpoint, with the time
 	Bundle     *Contents `json:"bundle,omitzero"`    // of a bundle; nil for a log
 	Signed     int64     `json:"signed"`             // decisions whose passkey signature was checked
+	Unsigned   int64     `json:"unsigned"`           // decisions without one: who took them is the recorder's word
 	Enrolled   int64     `json:"enrolled"`           // passkeys whose enrolment was read
 	Anchored   int64     `json:"anchored"`           // those whose login was checked against a provider's keys
 	Ruled      int64     `json:"ruled"`              // decisions and intents that were compared with the catalogue they name

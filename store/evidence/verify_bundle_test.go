@@ -211,6 +211,20 @@ func TestNoFindingGivesOrdersToATerminal(t *testing.T) {
 	}
 }
 
+func TestDecisionsWithoutASignatureAreCounted(t *testing.T) {
+	s := newScribe(t)
+	s.edit["2 asked"] = func(e *store.Submission) {
+		rule := ruleFor()
+		rule.Passkey = false
+		e.SetDetails(store.ApprovalRequestedDetails{Approval: "apr_2", Grant: grantOf("orders:write"), Rule: rule, Excluded: []string{}})
+	}
+	details("2 decided", func(d *store.DecidedDetails) { d.Assertion = nil })(s)
+	p := s.write().export(view{})
+	if r := bundleReport(t, save(t, p.zip()), s.options()); r.Signed != 1 || r.Unsigned != 1 || !has(r, KindRule, s.index["2 asked"]) {
+		t.Errorf("%d signed, %d not; findings %v", r.Signed, r.Unsigned, r.Findings)
+	}
+}
+
 func TestDecisionsByAPolicyThatWasReplacedAreNoted(t *testing.T) {
 	s := newScribe(t)
 	s.after["a5 revoked"] = func(s *scribe) { // the broker loads a stricter policy, and goes on as before

@@ -59,7 +59,7 @@ type judge struct {
 
 	from   int64                             // where the window begins: what was in force before it need not be at hand
 	export func(index int64, e *store.Entry) // sees each export.created; may be nil
-	tally  struct{ signed, anchored, enrolled, ruled, nameless int64 }
+	tally  struct{ signed, unsigned, anchored, enrolled, ruled, nameless int64 }
 }
 
 // id is an entry ID in a form that a million of do not fill the memory.
@@ -162,6 +162,8 @@ func (j *judge) take(index int64, leaf []byte, e *store.Entry, opened map[string
 		if d, err := store.DetailsAs[store.DecidedDetails](e); err == nil {
 			if d.Assertion != nil {
 				j.tally.signed++
+			} else {
+				j.tally.unsigned++
 			}
 			if q := j.state.Request(e.Request); d.Via == "slack" && q != nil && q.Pending != nil && !q.Pending.Rule.Slack {
 				r.add(index, KindRule, "it was taken in Slack, and the rule takes none there")
@@ -519,7 +521,7 @@ func (j *judge) holding(x *record) *hold {
 func (j *judge) finish() {
 	defer func() {
 		t := &j.tally
-		j.r.Signed, j.r.Enrolled, j.r.Anchored, j.r.Ruled = t.signed, t.enrolled, t.anchored, t.ruled
+		j.r.Signed, j.r.Unsigned, j.r.Enrolled, j.r.Anchored, j.r.Ruled = t.signed, t.unsigned, t.enrolled, t.anchored, t.ruled
 	}()
 	for policy, waiting := range j.undecided {
 		j.tally.ruled -= int64(len(waiting))
