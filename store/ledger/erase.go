@@ -265,7 +265,7 @@ func (l *Ledger) Erase(ctx context.Context, by Eraser, indexes []int64, sensitiv
 	if err := s.reached("on record"); err != nil {
 		return err
 	}
-	return l.wipe(ctx, indexes, ids, false)
+	return l.wipe(ctx, indexes, ids)
 }
 
 // KeepTexts keeps any erasure from beginning until release is called: for who
@@ -342,11 +342,14 @@ func (s *erasing) reached(stage string) error {
 
 // FinishErasures erases what the details.erased from index from on name and a
 // crash left. It returns the size of the log up to which all is done; from there
-// the next call may go on.
+// the next call may go on. Boxes go last: of an erasure without any left all is
+// done, and it is passed over.
 func (l *Ledger) FinishErasures(ctx context.Context, from int64) (int64, error) {
-	l.erasing.one.Lock()
-	defer l.erasing.one.Unlock()
+	s := &l.erasing
+	s.one.Lock()
+	defer s.one.Unlock()
 	size := l.Size()
+	var undone [][]int64
 	err := l.eachOf(ctx, store.DetailsErased, from, size, func(index int64, e *store.Entry) error {
 		d, err := store.DetailsAs[store.ErasedDetails](e)
 		if err != nil {
@@ -354,6 +357,9 @@ func (l *Ledger) FinishErasures(ctx context.Context, from int64) (int64, error) 
 		}
 		// What is not before it is not its to erase.
 		indexes := slices.DeleteFunc(d.Entries, func(i int64) bool { return i < 0 || i >= index })
+		if left, err := l.boxesLeft(ctx, indexes); err != nil || !left {
+			return err
+		}
 		leaves, err := l.leaves(ctx, indexes)
 		if err != nil {
 			return err
@@ -364,12 +370,39 @@ func (l *Ledger) FinishErasures(ctx context.Context, from int64) (int64, error) 
 				return fmt.Errorf("%w: entry %d is no entry", ErrMismatch, p.Index)
 			}
 		}
-		return l.wipe(ctx, indexes, ids, true)
+		undone = append(undone, indexes)
+		_, err = l.deleteKeys(ctx, ids)
+		return err
 	})
 	if err != nil {
 		return from, err
 	}
-	return size, nil
+	if len(undone) == 0 {
+		return size, nil
+	}
+	// Which keys an earlier attempt deleted, and did not look whether they are
+	// gone, is not known: the file is written anew, once for all of them.
+	if _, err := l.keys.ExecContext(ctx, "VACUUM"); err != nil {
+		return from, fmt.Errorf("%w: erasing keys: %w", store.ErrUnavailable, err)
+	}
+	if err := l.emptyKeysWAL(ctx); err != nil {
+		return from, fmt.Errorf("%w: erasing keys: %w", store.ErrUnavailable, err)
+	}
+	if err := s.reached("keys gone"); err != nil {
+		return from, err
+	}
+	for _, indexes := range undone {
+		if err := l.deleteBoxes(ctx, indexes); err != nil {
+			return from, fmt.Errorf("%w: erasing texts: %w", store.ErrUnavailable, err)
+		}
+	}
+	return size, s.reached("boxes deleted")
+}
+
+// boxesLeft reports whether a box of the entries with the given indexes is there.
+func (l *Ledger) boxesLeft(ctx context.Context, indexes []int64) (left bool, err error) {
+	err = l.r.QueryRowContext(ctx, "SELECT EXISTS (SELECT 1 FROM "+l.e.list("bigint")+" CROSS JOIN sealed s WHERE s.idx = j.value)", jsonList(indexes)).Scan(&left)
+	return left, l.readErr(err)
 }
 
 // leafID is the ID of a stored entry.
@@ -382,28 +415,15 @@ func leafID(leaf []byte) string {
 }
 
 // wipe deletes keys and boxes, so that neither is left in a file of the ledger.
-// again says that an earlier attempt may have deleted keys and not looked
-// whether they are gone.
-func (l *Ledger) wipe(ctx context.Context, indexes []int64, ids []string, again bool) error {
-	if len(indexes) == 0 {
-		return nil
-	}
-	var keys [][]byte
-	if err := each(ctx, l.keys, func(rows *sql.Rows) error {
-		var key []byte
-		err := rows.Scan(&key)
-		keys = append(keys, key)
+func (l *Ledger) wipe(ctx context.Context, indexes []int64, ids []string) error {
+	keys, err := l.deleteKeys(ctx, ids)
+	if err != nil {
 		return err
-	}, "SELECT k.key FROM json_each($1) j CROSS JOIN keys k ON k.entry = j.value", jsonList(ids)); err != nil {
-		return fmt.Errorf("%w: reading the keys to erase: %w", store.ErrUnavailable, err)
-	}
-	if _, err := l.keys.ExecContext(ctx, "DELETE FROM keys WHERE entry IN (SELECT value FROM json_each($1))", jsonList(ids)); err != nil {
-		return fmt.Errorf("%w: erasing keys: %w", store.ErrUnavailable, err)
 	}
 	if err := l.erasing.reached("keys deleted"); err != nil {
 		return err
 	}
-	if err := l.scrubKeys(ctx, keys, again); err != nil {
+	if err := l.scrubKeys(ctx, keys); err != nil {
 		return fmt.Errorf("%w: erasing keys: %w", store.ErrUnavailable, err)
 	}
 	if err := l.erasing.reached("keys gone"); err != nil {
@@ -415,18 +435,29 @@ func (l *Ledger) wipe(ctx context.Context, indexes []int64, ids []string, again 
 	return l.erasing.reached("boxes deleted")
 }
 
+// deleteKeys deletes the keys of the entries with the given IDs, and returns
+// them.
+func (l *Ledger) deleteKeys(ctx context.Context, ids []string) (keys [][]byte, err error) {
+	if err := each(ctx, l.keys, func(rows *sql.Rows) error {
+		var key []byte
+		err := rows.Scan(&key)
+		keys = append(keys, key)
+		return err
+	}, "SELECT k.key FROM json_each($1) j CROSS JOIN keys k ON k.entry = j.value", jsonList(ids)); err != nil {
+		return nil, fmt.Errorf("%w: reading the keys to erase: %w", store.ErrUnavailable, err)
+	}
+	if _, err := l.keys.ExecContext(ctx, "DELETE FROM keys WHERE entry IN (SELECT value FROM json_each($1))", jsonList(ids)); err != nil {
+		return nil, fmt.Errorf("%w: erasing keys: %w", store.ErrUnavailable, err)
+	}
+	return keys, nil
+}
+
 // scrubKeys sees to it that deleted keys are in the keys file no more. SQLite
 // overwrites what it deletes (secure_delete) and the emptied WAL holds no older
 // state of a page. What may be left is a copy that splitting a page left in its
 // unused part, which SQLite does not know of any more: so the pages are searched
-// for the keys, and written anew where one is found. Where the keys are not
-// known (again), they are written anew at once.
-func (l *Ledger) scrubKeys(ctx context.Context, keys [][]byte, again bool) error {
-	if again {
-		if _, err := l.keys.ExecContext(ctx, "VACUUM"); err != nil {
-			return err
-		}
-	}
+// for the keys, and written anew where one is found.
+func (l *Ledger) scrubKeys(ctx context.Context, keys [][]byte) error {
 	if err := l.emptyKeysWAL(ctx); err != nil {
 		return err
 	}

@@ -651,6 +651,10 @@ func TestAnErasureThatWasKilledIsFinishedAtTheNextStart(t *testing.T) {
 						t.Fatalf("a key lies in %v", w)
 					}
 				}
+				l.erasing.broke = func(at string) error { return fmt.Errorf("what is done is done again: %s", at) }
+				if _, err := l.FinishErasures(t.Context(), 0); err != nil {
+					t.Fatal(err)
+				}
 				if err := l.recheck(t.Context()); err != nil {
 					t.Fatal(err)
 				}
