@@ -374,13 +374,31 @@ func (t *Tables) row(n int, w *csv.Writer, cells []string) error {
 }
 
 // Cell makes s safe to open in a spreadsheet, which would run a cell that
-// begins so as a formula.
+// begins so as a formula. Where the decimal sign is a comma, spreadsheets begin a
+// cell after each semicolon, quoted or not.
 func Cell(s string) string {
-	if s != "" && strings.IndexByte("=+-@\t\r", s[0]) >= 0 {
-		return "'" + s
+	if formula(s) {
+		s = "'" + s
 	}
-	return s
+	if strings.IndexByte(s, ';') < 0 {
+		return s
+	}
+	var b strings.Builder
+	for {
+		cell, rest, more := strings.Cut(s, ";")
+		b.WriteString(cell)
+		if !more {
+			return b.String()
+		}
+		b.WriteByte(';')
+		if formula(rest) {
+			b.WriteByte('\'')
+		}
+		s = rest
+	}
 }
+
+func formula(s string) bool { return s != "" && strings.IndexByte("=+-@\t\r\n", s[0]) >= 0 }
 
 // PersonOf is the person of an entry: the name, or where that is not there the
 // pseudonym.

@@ -331,14 +331,30 @@ func TestEntriesOutOfOrderOrWithoutDetailsAreRefused(t *testing.T) {
 	}
 }
 
+func TestNoCellIsAFormulaWhereverItIsCut(t *testing.T) {
+	for s, want := range map[string]string{
+		"": "", "a": "a", "a=b": "a=b", "=1": "'=1", "-1": "'-1", "\n=1": "'\n=1", "a; b;c": "a; b;c",
+		"a;=HYPERLINK(1)": "a;'=HYPERLINK(1)", "a;;+1;@x": "a;;'+1;'@x", ";-": ";'-",
+	} {
+		if got := Cell(s); got != want {
+			t.Errorf("%q becomes %q, want %q", s, got, want)
+		}
+	}
+}
+
 func FuzzCell(f *testing.F) {
-	for _, s := range []string{"=1+1", "+1", "-1", "@x", "\tx", "\rx", "a,b", "\"", "a\nb", ""} {
+	for _, s := range []string{"=1+1", "+1", "-1", "@x", "\tx", "\rx", "a,b", "\"", "a\nb", "", "a;=b;'-c"} {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, s string) {
 		c := Cell(s)
-		if c != "" && strings.ContainsRune("=+-@\t\r", rune(c[0])) || strings.TrimPrefix(c, "'") != s && c != s {
-			t.Fatalf("%q becomes %q", s, c)
+		for cell := range strings.SplitSeq(c, ";") {
+			if formula(cell) {
+				t.Fatalf("%q becomes %q", s, c)
+			}
+		}
+		if strings.ReplaceAll(c, "'", "") != strings.ReplaceAll(s, "'", "") {
+			t.Fatalf("%q becomes %q: its text is another", s, c)
 		}
 	})
 }
