@@ -164,7 +164,8 @@ func TestEveryRouteIsForItsRoleAloneAndRefusalsAreOnRecord(t *testing.T) {
 	published(t, r, r.reviewer(t, base), 1)
 	anyone := map[string]bool{"/checkpoint": true, "/tile/{level:[0-9]+}/*": true}
 	allowed := map[string]auth.Role{"/append": auth.Writer, "/open": auth.Writer, "/follow": auth.Writer, "/consistency": auth.Writer,
-		"/history": auth.Reviewer, "/tile/entries/*": auth.Reviewer}
+		"/history": auth.Reviewer, "/history/{index:[0-9]+}": auth.Reviewer, "/history/steps/{run}/{step}": auth.Reviewer, "/history/people/{person}": auth.Reviewer,
+		"/history/credentials/{intent}": auth.Reviewer, "/history/static/{file}": auth.Reviewer, "/tile/entries/*": auth.Reviewer}
 	before, refused := r.ledger.Size(), int64(0)
 	err := chi.Walk(r.handler, func(method, route string, _ http.Handler, _ ...func(http.Handler) http.Handler) error {
 		if anyone[route] {
@@ -175,7 +176,7 @@ func TestEveryRouteIsForItsRoleAloneAndRefusalsAreOnRecord(t *testing.T) {
 			t.Errorf("route %s %s is in no table", method, route)
 			return nil
 		}
-		path := strings.Replace(route, "*", "000.p/1", 1)
+		path := strings.NewReplacer("*", "000.p/1", "{index:[0-9]+}", "0", "{run}", "r", "{step}", "s", "{person}", "p-a", "{intent}", store.NewID(), "{file}", "page.css").Replace(route)
 		for role, token := range r.tokens {
 			if role == want {
 				continue
