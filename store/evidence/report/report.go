@@ -202,9 +202,9 @@ type eventRow struct {
 }
 
 type credential struct {
-	issued, ends int64 // entry; microseconds since 1970
-	open         bool  // no end is on record yet
-	window       bool
+	ends   int64 // microseconds since 1970
+	open   bool  // no end is on record yet
+	window bool
 }
 
 // worked is what a step was seen to do.
@@ -605,7 +605,7 @@ func (r *Report) issued(t taken) error {
 	if err != nil {
 		return err
 	}
-	lost := r.held.put(key(d.Intent), credential{issued: t.index, ends: d.Expires.UnixMicro(), open: true, window: t.window})
+	lost := r.held.put(key(d.Intent), credential{ends: d.Expires.UnixMicro(), open: true, window: t.window})
 	r.forgotten(lost)
 	for i, handle := range []string{d.Accessor, d.LeaseID, d.Serial} {
 		if handle == "" {
