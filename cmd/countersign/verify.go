@@ -255,7 +255,11 @@ func printReport(cmd *cobra.Command, r *evidence.Report, o *evidence.Options) er
 			say("filtered: %d entries between %d and %d match the filters; that there are no others is not proved", b.Entries, b.From, b.To-1)
 		}
 		say("context: %d more entries by which these are judged; that there are no others is not proved", b.Context)
-		say("files: %d are those of the manifest; tables and report are what the entries give", b.Files)
+		if b.Derived {
+			say("files: %d are those of the manifest; tables and report are what the entries give", b.Files)
+		} else {
+			say("files: %d are those of the manifest", b.Files)
+		}
 		say("texts: %d open the commitments of their entries; those that are missing were lawfully erased", b.Sealed)
 		say("rules: %d decisions and intents ask for no less than the catalogue that they name", r.Ruled)
 	}

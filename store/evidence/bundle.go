@@ -175,7 +175,7 @@ func (b *bundleWriter) begin(ctx context.Context) error {
 		return fmt.Errorf("%w: since %d, the log has %d entries", ledger.ErrQuery, b.o.Since, c.N)
 	}
 	b.m = manifest{
-		Format: bundleFormat, Origin: c.Origin, Size: c.N, Root: c.Hash.String(), Since: b.o.Since, Filters: b.o.Filters,
+		Format: bundleFormat, Derivation: derivationNow, Origin: c.Origin, Size: c.N, Root: c.Hash.String(), Since: b.o.Since, Filters: b.o.Filters,
 		Complete: !filtered(b.o.Query), Files: map[string]manifestFile{},
 	}
 	b.m.Window.From, b.m.Window.To, b.m.Counts.Types = b.o.From, b.o.To, map[store.Type]int64{}

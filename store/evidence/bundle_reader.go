@@ -55,7 +55,10 @@ const (
 
 // manifest is manifest.json.
 type manifest struct {
-	Format  string `json:"format"`
+	Format string `json:"format"`
+	// Derivation is which tables and report were derived; see derivationNow.
+	Derivation int `json:"derivation"`
+
 	Origin  string `json:"origin"`
 	Created string `json:"created"`
 	Export  struct {

@@ -451,6 +451,7 @@ func (s *scribe) bundle(v view, from, to int64) *parcel {
 	m.set(memberReport, nil)
 	m.set(memberVerify, []byte(verifyText))
 	mf := &m.m
+	mf.Derivation = derivationNow
 	mf.Format, mf.Origin, mf.Created = bundleFormat, origin, s.entries[s.index["export"]].Time.String()
 	mf.Export.Index, mf.Export.ID = s.index["export"], s.ids["export"]
 	mf.Window.From, mf.Window.To, mf.Filters, mf.Complete, mf.Since = from, to, v.filters, len(v.filters) == 0, v.since

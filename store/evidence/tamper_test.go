@@ -543,6 +543,7 @@ var tamperings = []tampering{
 	}, kind: KindMalformed, at: "a7 used"},
 	{name: "an erasure before its time", log: details("erased", func(d *store.ErasedDetails) { d.Kept = store.Duration(3 * day) }), kind: KindErasure, at: "erased"},
 	{name: "an erasure sooner than the retention", log: details("erased", func(d *store.ErasedDetails) { d.Kept = store.Duration(time.Hour) }), kind: KindErasure, at: "erased"},
+	{name: "an erasure sooner than the retention of its scope", log: details("policy", func(d *store.PolicyDetails) { d.Retention["scope:orders:read"] = store.Duration(90 * day) }), kind: KindErasure, at: "erased"},
 	{name: "an erasure without retention on record", log: details("policy", func(d *store.PolicyDetails) { d.Retention = nil }), kind: KindErasure, at: "erased"},
 	{name: "an erasure under hold", log: details("erased", func(d *store.ErasedDetails) { d.Entries = []int64{18} }), kind: KindErasure, at: "erased"},
 	{name: "an erasure under a hold of a time", log: details("hold", func(d *store.HoldDetails) {

@@ -138,6 +138,7 @@ type Contents struct {
 	Context  int64             `json:"context"` // entries outside it that it is judged by
 	Sealed   int64             `json:"sealed"`  // texts that open their commitments
 	Files    int               `json:"files"`   // members whose digests were compared
+	Derived  bool              `json:"derived"` // tables and report were derived from the entries again, and compared
 }
 
 // OK reports whether nothing was found.

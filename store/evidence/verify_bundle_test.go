@@ -5,6 +5,8 @@ import (
 	"context"
 	"crypto/ed25519"
 	"crypto/rand"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"os"
@@ -136,6 +138,42 @@ func TestAnEarlierCheckpointOutOfReachIsUncheckedUnlessTheExportWasMadeForIt(t *
 	keep(t, &o, []byte(p.root(300, s.signer)))
 	if r := bundleReport(t, save(t, p.zip()), o); !r.OK() || r.Since != 300 || len(r.Unchecked) != 0 {
 		t.Errorf("since %d, unchecked %q, findings %v", r.Since, r.Unchecked, r.Findings)
+	}
+}
+
+func TestTablesOfAnotherVersionAreUncheckedAndNotTakenForTamperedOnes(t *testing.T) {
+	s := newScribe(t).write()
+	p := s.export(view{})
+	p.m.Derivation = 7
+	p.data[memberReport] = []byte("<p>of another version</p>")
+	p.fitManifest()
+	r := bundleReport(t, save(t, p.zip()), s.options())
+	if !r.OK() || len(r.Unchecked) != 1 || !strings.Contains(r.Unchecked[0], "derivation 7") || r.Bundle.Derived {
+		t.Errorf("unchecked %q, findings %v", r.Unchecked, r.Findings)
+	}
+	if r := bundleReport(t, save(t, s.export(view{}).zip()), s.options()); !r.Bundle.Derived {
+		t.Error("its own tables are not derived")
+	}
+}
+
+// derived is the SHA-256 over what the tests pin of tables and report, by
+// derivation: the columns, and the report of an eventful log.
+var derived = map[int]string{
+	1: "7df6949e58ebe1e9c602c0aa95c8bff1b4b28c654cc74fb9277657c907ffcbd7",
+}
+
+func TestWhatIsDerivedOtherwiseHasAnotherNumber(t *testing.T) {
+	golden, err := os.ReadFile("report/testdata/eventful.html")
+	if err != nil {
+		t.Fatal(err)
+	}
+	h := sha256.New()
+	for _, columns := range [][]string{StepsColumns, ApprovalsColumns, UsesColumns} {
+		fmt.Fprintln(h, strings.Join(columns, ","))
+	}
+	h.Write(golden)
+	if sum := hex.EncodeToString(h.Sum(nil)); derived[derivationNow] != sum {
+		t.Errorf("tables or report are derived otherwise: raise derivationNow, and write down %s for it", sum)
 	}
 }
 

@@ -13,6 +13,7 @@ import (
 	"github.com/google/uuid"
 
 	"github.com/countersign-dev/countersign/store"
+	"github.com/countersign-dev/countersign/store/ledger"
 )
 
 // Rules reads a catalogue's text and returns what it says of a scope: the least
@@ -79,6 +80,7 @@ type record struct {
 	micros int64 // time
 	run    uint32
 	level  uint16 // sensitivity
+	scope  uint16
 	flags  uint8
 }
 
@@ -417,7 +419,7 @@ func (j *judge) record(index int64, e *store.Entry, opened map[string]string) {
 	if len(e.Sealed) == 0 {
 		return
 	}
-	x := record{index: index, micros: e.Time.UnixMicro(), run: number(j.runs, e.Run), level: number(j.numbers, sensitivity(e))}
+	x := record{index: index, micros: e.Time.UnixMicro(), run: number(j.runs, e.Run), level: number(j.numbers, sensitivity(e)), scope: number(j.numbers, ledger.OfScope+e.Action)}
 	if !e.Type.Erasable() {
 		x.flags |= recordKept
 	}
@@ -472,6 +474,12 @@ func (j *judge) erased(index int64, e *store.Entry) {
 		refuse("texts of sensitivity %q were kept for %s, the retention on record is %s", d.Sensitivity, time.Duration(d.Kept), time.Duration(due))
 	}
 	level := number(j.numbers, d.Sensitivity)
+	own := map[uint16]store.Duration{} // of scopes that keep their texts longer
+	for key, kept := range j.retention[e.Writer] {
+		if n, ok := j.numbers[key]; ok && strings.HasPrefix(key, ledger.OfScope) {
+			own[n] = kept
+		}
+	}
 	for _, i := range d.Entries {
 		if i < 0 || i >= index {
 			refuse("it names entry %d, which is not before it", i)
@@ -488,8 +496,8 @@ func (j *judge) erased(index int64, e *store.Entry) {
 			refuse("entry %d is of a type whose texts are never erased", i)
 		case x.level != level:
 			refuse("entry %d is of another sensitivity than %q", i, d.Sensitivity)
-		case e.Time.Sub(t) < time.Duration(d.Kept):
-			refuse("entry %d was %s old, its texts had to be kept for %s", i, e.Time.Sub(t), time.Duration(d.Kept))
+		case e.Time.Sub(t) < time.Duration(max(d.Kept, own[x.scope])):
+			refuse("entry %d was %s old, its texts had to be kept for %s", i, e.Time.Sub(t), time.Duration(max(d.Kept, own[x.scope])))
 		}
 		if h := j.holding(x); h != nil {
 			refuse("entry %d was under the hold of entry %d", i, h.index)
