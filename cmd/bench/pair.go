@@ -109,8 +109,9 @@ func freeAddr() string {
 	return l.Addr().String()
 }
 
+// untilReady waits until the process at url is ready, to the nearest 5 ms.
 func untilReady(ctx context.Context, url string) error {
-	for range 300 {
+	for range 12_000 {
 		if res, err := http.Get(url + "/readyz"); err == nil {
 			res.Body.Close()
 			if res.StatusCode == http.StatusOK {
@@ -120,8 +121,8 @@ func untilReady(ctx context.Context, url string) error {
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
-		case <-time.After(100 * time.Millisecond):
+		case <-time.After(5 * time.Millisecond):
 		}
 	}
-	return errors.New("not ready after half a minute")
+	return errors.New("not ready after a minute")
 }

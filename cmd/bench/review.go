@@ -45,7 +45,7 @@ func (m *million) review(ctx context.Context, t *table, binary string) (err erro
 		recorder.Wait()
 	}()
 	url := "http://" + addr
-	if err := soon(ctx, url+"/readyz"); err != nil {
+	if err := untilReady(ctx, url); err != nil {
 		return err
 	}
 	ready := t.add("record, from its start to ready, 1,000,000 entries", m.engine, 1, []time.Duration{time.Since(start)}, 0)
@@ -145,22 +145,4 @@ func timedCommand(ctx context.Context, env []string, binary string, args ...stri
 		err = fmt.Errorf("countersign %s: %w", args[0], err)
 	}
 	return time.Since(start), string(out), err
-}
-
-// soon waits until url answers 200, to the nearest 5 ms.
-func soon(ctx context.Context, url string) error {
-	for range 12_000 {
-		if res, err := http.Get(url); err == nil {
-			res.Body.Close()
-			if res.StatusCode == http.StatusOK {
-				return nil
-			}
-		}
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-time.After(5 * time.Millisecond):
-		}
-	}
-	return errors.New("not ready after a minute")
 }
