@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 
 	"filippo.io/torchwood"
 	"github.com/go-json-experiment/json"
@@ -107,11 +108,11 @@ type bundle struct {
 // end is an error and not a lack of memory.
 type budget struct {
 	io.ReaderAt
-	left int64
+	left atomic.Int64 // members are read side by side
 }
 
 func (b *budget) ReadAt(p []byte, off int64) (int, error) {
-	if b.left -= int64(len(p)); b.left < 0 {
+	if b.left.Add(-int64(len(p))) < 0 {
 		return 0, errors.New("its directory is too long")
 	}
 	return b.ReaderAt.ReadAt(p, off)
@@ -139,13 +140,14 @@ func openBundle(path string, r *Report) (*bundle, error) {
 }
 
 func newBundle(at io.ReaderAt, size int64, r *Report) *bundle {
-	limit := &budget{at, maxDirectory}
+	limit := &budget{ReaderAt: at}
+	limit.left.Store(maxDirectory)
 	z, err := zip.NewReader(limit, size)
 	if err != nil {
 		r.add(NoIndex, KindMember, "it is not a whole zip: %v", err)
 		return nil
 	}
-	limit.left = 1<<63 - 1 // the directory is read
+	limit.left.Store(1<<63 - 1) // the directory is read
 	z.RegisterDecompressor(zip.Deflate, flate.NewReader)
 	b := &bundle{r: r, members: map[string]*zip.File{}}
 	if z.Comment != "" {
