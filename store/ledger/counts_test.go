@@ -88,98 +88,96 @@ func someQuery(r *rand.Rand) (q Query) {
 
 func TestCountsAndFindsAreWhatIsOnRecordHoweverMuchIsForgottenInBetween(t *testing.T) {
 	onBoth(t, func(t *testing.T, on engineName) {
-		onBoth(t, func(t *testing.T, on engineName) {
-			f := newFixtureOn(t, on)
-			l := f.open()
-			x := NewIndex(l)
-			r := rand.New(rand.NewPCG(1, 2))
-			var all []store.Entry
-			series := []Series{{}, {Type: "credential.used"}, {Outcome: "deny"}, {Type: "alert.raised", Outcome: "allow"}, {Type: "freeze.set"}}
-			for round := range 4 {
-				all = append(all, crowd(f, l, r, 600)...)
-				if round == 2 {
-					x.mu.Lock()
-					x.most = 24_000 // bytes: what one query needs, and little else
-					x.mu.Unlock()
+		f := newFixtureOn(t, on)
+		l := f.open()
+		x := NewIndex(l)
+		r := rand.New(rand.NewPCG(1, 2))
+		var all []store.Entry
+		series := []Series{{}, {Type: "credential.used"}, {Outcome: "deny"}, {Type: "alert.raised", Outcome: "allow"}, {Type: "freeze.set"}}
+		for round := range 4 {
+			all = append(all, crowd(f, l, r, 600)...)
+			if round == 2 {
+				x.mu.Lock()
+				x.most = 24_000 // bytes: what one query needs, and little else
+				x.mu.Unlock()
+			}
+			base := all[0].Time.Time
+			for range 50 {
+				q := someQuery(r)
+				at := []time.Time{base.Add(-time.Hour)}
+				for range r.IntN(6) {
+					at = append(at, base.Add(time.Duration(r.IntN(300_000))*time.Millisecond))
 				}
-				base := all[0].Time.Time
-				for range 150 {
-					q := someQuery(r)
-					at := []time.Time{base.Add(-time.Hour)}
-					for range r.IntN(6) {
-						at = append(at, base.Add(time.Duration(r.IntN(300_000))*time.Millisecond))
-					}
-					at = append(at, base.Add(time.Hour))
-					slices.SortFunc(at, time.Time.Compare)
-					tally := counted(t, x, q, at, series)
-					for i, s := range series {
-						want := make([]int64, len(at)-1)
-						for _, e := range all {
-							if matches(f.o.PrivacyKey, &q, &e) && matches(f.o.PrivacyKey, &Query{Type: s.Type, Outcome: s.Outcome}, &e) {
-								for j := range want {
-									if !e.Time.Before(at[j]) && e.Time.Before(at[j+1]) {
-										want[j]++
-									}
+				at = append(at, base.Add(time.Hour))
+				slices.SortFunc(at, time.Time.Compare)
+				tally := counted(t, x, q, at, series)
+				for i, s := range series {
+					want := make([]int64, len(at)-1)
+					for _, e := range all {
+						if matches(f.o.PrivacyKey, &q, &e) && matches(f.o.PrivacyKey, &Query{Type: s.Type, Outcome: s.Outcome}, &e) {
+							for j := range want {
+								if !e.Time.Before(at[j]) && e.Time.Before(at[j+1]) {
+									want[j]++
 								}
 							}
 						}
-						if !slices.Equal(tally.Counts[i], want) {
-							t.Fatalf("%+v, %+v over %v:\ngot  %v\nwant %v", q, s, at, tally.Counts[i], want)
-						}
 					}
-
-					q.Limit, q.Newest = 1+r.IntN(20), r.IntN(2) == 0
-					if r.IntN(2) == 0 {
-						q.From, q.To = at[0], at[len(at)/2]
-					}
-					from, to := int64(r.IntN(len(all))), int64(r.IntN(len(all)+10))
-					var match, want []int64
-					for i, e := range all {
-						if matches(f.o.PrivacyKey, &q, &e) && (q.From.IsZero() || !e.Time.Before(q.From)) && (q.To.IsZero() || e.Time.Before(q.To)) {
-							match = append(match, int64(i))
-							if int64(i) >= from && int64(i) < to {
-								want = append(want, int64(i))
-							}
-						}
-					}
-					if q.Newest {
-						want = want[max(0, len(want)-q.Limit):]
-					} else {
-						want = want[:min(len(want), q.Limit)]
-					}
-					got, err := x.Find(t.Context(), q, from, to)
-					if err != nil {
-						t.Fatal(err)
-					}
-					var idx []int64
-					for _, e := range got.Entries {
-						idx = append(idx, e.Index)
-						p, _ := store.ParseLeaf(e.Entry)
-						if p.ID != all[e.Index].ID || len(p.Sealed) != len(e.Opened) {
-							t.Fatalf("entry %d is another, or not opened", e.Index)
-						}
-					}
-					if !slices.Equal(idx, want) {
-						t.Fatalf("%+v in [%d, %d):\ngot  %v\nwant %v", q, from, to, idx, want)
-					}
-					if len(want) > 0 && (got.Older != (match[0] < want[0]) || got.Newer != (match[len(match)-1] > want[len(want)-1])) {
-						t.Fatalf("%+v: older %t, newer %t around %v of %v", q, got.Older, got.Newer, want, match)
+					if !slices.Equal(tally.Counts[i], want) {
+						t.Fatalf("%+v, %+v over %v:\ngot  %v\nwant %v", q, s, at, tally.Counts[i], want)
 					}
 				}
+
+				q.Limit, q.Newest = 1+r.IntN(20), r.IntN(2) == 0
+				if r.IntN(2) == 0 {
+					q.From, q.To = at[0], at[len(at)/2]
+				}
+				from, to := int64(r.IntN(len(all))), int64(r.IntN(len(all)+10))
+				var match, want []int64
+				for i, e := range all {
+					if matches(f.o.PrivacyKey, &q, &e) && (q.From.IsZero() || !e.Time.Before(q.From)) && (q.To.IsZero() || e.Time.Before(q.To)) {
+						match = append(match, int64(i))
+						if int64(i) >= from && int64(i) < to {
+							want = append(want, int64(i))
+						}
+					}
+				}
+				if q.Newest {
+					want = want[max(0, len(want)-q.Limit):]
+				} else {
+					want = want[:min(len(want), q.Limit)]
+				}
+				got, err := x.Find(t.Context(), q, from, to)
+				if err != nil {
+					t.Fatal(err)
+				}
+				var idx []int64
+				for _, e := range got.Entries {
+					idx = append(idx, e.Index)
+					p, _ := store.ParseLeaf(e.Entry)
+					if p.ID != all[e.Index].ID || len(p.Sealed) != len(e.Opened) {
+						t.Fatalf("entry %d is another, or not opened", e.Index)
+					}
+				}
+				if !slices.Equal(idx, want) {
+					t.Fatalf("%+v in [%d, %d):\ngot  %v\nwant %v", q, from, to, idx, want)
+				}
+				if len(want) > 0 && (got.Older != (match[0] < want[0]) || got.Newer != (match[len(match)-1] > want[len(want)-1])) {
+					t.Fatalf("%+v: older %t, newer %t around %v of %v", q, got.Older, got.Newer, want, match)
+				}
 			}
-			x.mu.Lock()
-			defer x.mu.Unlock()
-			if x.bytes > 50_000 {
-				t.Errorf("%d bytes are held", x.bytes)
-			}
-			sum := uint64(0)
-			for _, s := range x.sets {
-				sum += s.bytes
-			}
-			if sum != x.bytes {
-				t.Errorf("%d bytes are held, and %d accounted for", sum, x.bytes)
-			}
-		})
+		}
+		x.mu.Lock()
+		defer x.mu.Unlock()
+		if x.bytes > 50_000 {
+			t.Errorf("%d bytes are held", x.bytes)
+		}
+		sum := uint64(0)
+		for _, s := range x.sets {
+			sum += s.bytes
+		}
+		if sum != x.bytes {
+			t.Errorf("%d bytes are held, and %d accounted for", sum, x.bytes)
+		}
 	})
 }
 
