@@ -3,7 +3,6 @@ package approvals
 import (
 	"context"
 	"fmt"
-	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -580,49 +579,6 @@ func TestExpiryWaitsForALedgerThatDoesNotAnswer(t *testing.T) {
 	if s := w.get(id).Status; s != store.StatusExpired {
 		t.Fatal(s)
 	}
-}
-
-func TestTenThousandPendingAreListedQuicklyAndExpire(t *testing.T) {
-	if testing.Short() {
-		t.Skip("10,000 requests")
-	}
-	w := newWorld(t)
-	const n = 10_000
-	var batch []*store.Submission
-	for i := range n {
-		x := w.asking("app:write")
-		x.requested.SetDetails(x.rd)
-		x.asked.SetDetails(x.ad)
-		batch = append(batch, x.requested, x.asked)
-		if len(batch) == 1000 || i == n-1 {
-			ok(t, w.append(broker, batch...))
-			batch = nil
-		}
-	}
-	w.a.Close()
-	began := time.Now()
-	w.people()
-	t.Logf("rebuilt in %s", time.Since(began))
-	for _, f := range []Filter{{State: StatePending}, {State: StateMine, Person: &alice}, {State: StateAll, Limit: 50}} {
-		best := time.Hour
-		for range 5 {
-			began = time.Now()
-			list, more, err := w.a.List(t.Context(), f)
-			ok(t, err)
-			if len(list) != 50 || more == "" {
-				t.Fatalf("%d requests, next %q", len(list), more)
-			}
-			best = min(best, time.Since(began))
-		}
-		t.Logf("%s: %s", f.State, best)
-		if best > 500*time.Millisecond { // well under 100 ms on a machine that does nothing else
-			t.Errorf("%s takes %s", f.State, best)
-		}
-	}
-	runtime.GC()
-	var m runtime.MemStats
-	runtime.ReadMemStats(&m)
-	t.Logf("heap of %d MiB, the ledger's own state among it", m.HeapAlloc>>20)
 }
 
 func TestPagesOfAListHaveEachRequestOnceAndAllExpireTogether(t *testing.T) {
