@@ -13,7 +13,6 @@ import (
 	"slices"
 	"strings"
 	"time"
-	"unicode/utf8"
 
 	"github.com/go-chi/chi/v5"
 	"github.com/go-json-experiment/json"
@@ -185,54 +184,39 @@ func (h *HTML) Inbox(w http.ResponseWriter, r *http.Request, person approvals.Pe
 	if f.State == "" {
 		f.State = approvals.StatePending
 	}
-	page := struct {
+	inbox := struct {
 		frame
 		What, Empty, EmptyText string
 		Tabs                   []tab
 		Rows                   []row
 		First, More, Version   string
 	}{frame: h.frame(r, person, "approvals", "Approvals")}
-	page.Exact, page.Here = true, r.URL.RequestURI()
+	inbox.Exact, inbox.Here = true, r.URL.RequestURI()
 	for _, t := range tabs {
-		page.Tabs = append(page.Tabs, tab{t.name, "/approvals?state=" + t.state, t.state == f.State})
+		inbox.Tabs = append(inbox.Tabs, tab{t.name, "/approvals?state=" + t.state, t.state == f.State})
 		if t.state == f.State {
-			page.What, page.Empty, page.EmptyText = t.what, t.empty, t.text
+			inbox.What, inbox.Empty, inbox.EmptyText = t.what, t.empty, t.text
 		}
 	}
 	if f.Before != "" {
-		page.First = "/approvals?state=" + url.QueryEscape(f.State)
+		inbox.First = "/approvals?state=" + url.QueryEscape(f.State)
 		if len(list) == 0 {
-			page.Empty, page.EmptyText = "There is nothing older", "This is the end of the list."
+			inbox.Empty, inbox.EmptyText = "There is nothing older", "This is the end of the list."
 		}
 	}
 	if next != "" {
-		page.More = "/approvals?state=" + url.QueryEscape(f.State) + "&cursor=" + url.QueryEscape(next)
+		inbox.More = "/approvals?state=" + url.QueryEscape(f.State) + "&cursor=" + url.QueryEscape(next)
 	}
 	shown := []any{next}
 	for i := range list {
 		q := &list[i]
 		x := row{Request: q, Link: "/approvals/" + url.PathEscape(q.ID), State: stateOf(q.Status), Tone: q.Sensitivity, Pending: q.Status == store.StatusPending}
-		x.Said, x.Cut = begin(q.Reason, maxSaid)
-		page.Rows = append(page.Rows, x)
+		x.Said, x.Cut = page.Begin(q.Reason, maxSaid)
+		inbox.Rows = append(inbox.Rows, x)
 		shown = append(shown, q.ID, q.Status, q.Needs, len(q.Decisions))
 	}
-	page.Version = version(shown...)
-	h.write(w, r, http.StatusOK, "inbox", page)
-}
-
-// begin returns at most n characters of s, and how many it left out.
-func begin(s string, n int) (string, int) {
-	s = strings.TrimSpace(s)
-	all := utf8.RuneCountInString(s)
-	if all <= n {
-		return s, 0
-	}
-	i := 0
-	for range n {
-		_, size := utf8.DecodeRuneInString(s[i:])
-		i += size
-	}
-	return s[:i], all - n
+	inbox.Version = version(shown...)
+	h.write(w, r, http.StatusOK, "inbox", inbox)
 }
 
 // seat is how far a group has come.

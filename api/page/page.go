@@ -138,6 +138,21 @@ func Text(s string) template.HTML {
 	return template.HTML(b.String()) // escaped above, piece by piece
 }
 
+// Begin returns at most n characters of s, and how many it left out.
+func Begin(s string, n int) (string, int) {
+	s = strings.TrimSpace(s)
+	all := utf8.RuneCountInString(s)
+	if all <= n {
+		return s, 0
+	}
+	i := 0
+	for range n {
+		_, size := utf8.DecodeRuneInString(s[i:])
+		i += size
+	}
+	return s[:i], all - n
+}
+
 // Unseen reports whether a reader would not see r.
 func Unseen(r rune) bool {
 	switch r {

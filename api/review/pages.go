@@ -12,7 +12,6 @@ import (
 	"strconv"
 	"strings"
 	"time"
-	"unicode/utf8"
 
 	"github.com/go-chi/chi/v5"
 	"github.com/go-json-experiment/json"
@@ -147,7 +146,7 @@ func read(e *ledger.HistoryEntry, whole bool) (*item, error) {
 		it.Said = e.Opened[store.SealedSummary]
 	}
 	if !whole {
-		it.Said, it.Cut = begin(it.Said, maxSaid)
+		it.Said, it.Cut = page.Begin(it.Said, maxSaid)
 	}
 	for _, field := range slices.Sorted(maps.Keys(x.Sealed)) {
 		if _, ok := e.Opened[field]; !ok {
@@ -165,21 +164,6 @@ func read(e *ledger.HistoryEntry, whole bool) (*item, error) {
 		}
 	}
 	return it, nil
-}
-
-// begin returns at most n characters of s, and how many it left out.
-func begin(s string, n int) (string, int) {
-	s = strings.TrimSpace(s)
-	all := utf8.RuneCountInString(s)
-	if all <= n {
-		return s, 0
-	}
-	i := 0
-	for range n {
-		_, size := utf8.DecodeRuneInString(s[i:])
-		i += size
-	}
-	return s[:i], all - n
 }
 
 func readAll(entries []ledger.HistoryEntry, whole bool) ([]*item, error) {

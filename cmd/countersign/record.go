@@ -40,17 +40,7 @@ they change; SIGTERM finishes what is under way and ends.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			var c recordConfig
-			if err := loadConfig(config, &c); err != nil {
-				return err
-			}
-			if err := c.check(); err != nil {
-				return fmt.Errorf("%s: %w", config, err)
-			}
-			log, err := newLogger()
-			if err != nil {
-				return err
-			}
-			return runRecord(cmd.Context(), &c, log)
+			return runConfigured(config, &c, func(log *zap.Logger) error { return runRecord(cmd.Context(), &c, log) })
 		},
 	}
 	configFlag(cmd, &config)

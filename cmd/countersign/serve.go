@@ -40,17 +40,7 @@ identity keys again; SIGTERM finishes what is under way and ends.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			var c serveConfig
-			if err := loadConfig(config, &c); err != nil {
-				return err
-			}
-			if err := c.check(); err != nil {
-				return fmt.Errorf("%s: %w", config, err)
-			}
-			log, err := newLogger()
-			if err != nil {
-				return err
-			}
-			return serve(cmd.Context(), &c, log)
+			return runConfigured(config, &c, func(log *zap.Logger) error { return serve(cmd.Context(), &c, log) })
 		},
 	}
 	configFlag(cmd, &config)
@@ -305,6 +295,22 @@ func configFlag(cmd *cobra.Command, config *string) {
 	cmd.Flags().StringVar(config, "config", "", "configuration file (YAML)")
 	_ = cmd.MarkFlagRequired("config")
 	_ = cmd.MarkFlagFilename("config", "yaml", "yml")
+}
+
+// runConfigured reads the file config into c, checks it, and runs a process of
+// it that logs to stderr.
+func runConfigured(config string, c interface{ check() error }, run func(*zap.Logger) error) error {
+	if err := loadConfig(config, c); err != nil {
+		return err
+	}
+	if err := c.check(); err != nil {
+		return fmt.Errorf("%s: %w", config, err)
+	}
+	log, err := newLogger()
+	if err != nil {
+		return err
+	}
+	return run(log)
 }
 
 // newLogger logs JSON lines to stderr, or to a file where one is named.

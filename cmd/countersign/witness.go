@@ -42,17 +42,7 @@ recorder has no access.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			var c witnessConfig
-			if err := loadConfig(config, &c); err != nil {
-				return err
-			}
-			if err := c.check(); err != nil {
-				return fmt.Errorf("%s: %w", config, err)
-			}
-			log, err := newLogger()
-			if err != nil {
-				return err
-			}
-			return runWitness(cmd.Context(), &c, log)
+			return runConfigured(config, &c, func(log *zap.Logger) error { return runWitness(cmd.Context(), &c, log) })
 		},
 	}
 	configFlag(cmd, &config)

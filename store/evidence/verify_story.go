@@ -43,6 +43,7 @@ type judge struct {
 	records   []record          // entries with texts, ascending
 	runs      map[string]uint32 // numbers of runs in records
 	numbers   map[string]uint16 // of sensitivities in records
+	scopes    map[string]uint16 // of scopes in records
 	holds     map[string]*hold
 	retention map[string]map[string]store.Duration // by writer, the last one on record
 
@@ -114,7 +115,7 @@ func newJudge(r *Report, o *Options, whole, texts bool) (*judge, error) {
 	j := &judge{
 		r: r, o: o, origin: r.Origin, whole: whole, texts: texts,
 		state: store.NewReplay(), keys: store.NewPasskeys(r.Origin), ids: map[id]int64{},
-		runs: map[string]uint32{}, numbers: map[string]uint16{}, holds: map[string]*hold{}, retention: map[string]map[string]store.Duration{},
+		runs: map[string]uint32{}, numbers: map[string]uint16{}, scopes: map[string]uint16{}, holds: map[string]*hold{}, retention: map[string]map[string]store.Duration{},
 		lives: map[id]*life{}, levels: map[id]uint16{}, people: map[string]named{}, catalogues: map[string]func(string) (*store.Rule, string, bool){}, policies: map[string]string{},
 		known: map[string]bool{}, undecided: map[string][]undecided{}, standing: map[string]*store.Rule{},
 	}
@@ -419,7 +420,7 @@ func (j *judge) record(index int64, e *store.Entry, opened map[string]string) {
 	if len(e.Sealed) == 0 {
 		return
 	}
-	x := record{index: index, micros: e.Time.UnixMicro(), run: number(j.runs, e.Run), level: number(j.numbers, sensitivity(e)), scope: number(j.numbers, ledger.OfScope+e.Action)}
+	x := record{index: index, micros: e.Time.UnixMicro(), run: number(j.runs, e.Run), level: number(j.numbers, sensitivity(e)), scope: number(j.scopes, e.Action)}
 	if !e.Type.Erasable() {
 		x.flags |= recordKept
 	}
@@ -476,8 +477,8 @@ func (j *judge) erased(index int64, e *store.Entry) {
 	level := number(j.numbers, d.Sensitivity)
 	own := map[uint16]store.Duration{} // of scopes that keep their texts longer
 	for key, kept := range j.retention[e.Writer] {
-		if n, ok := j.numbers[key]; ok && strings.HasPrefix(key, ledger.OfScope) {
-			own[n] = kept
+		if scope, is := strings.CutPrefix(key, ledger.OfScope); is {
+			own[number(j.scopes, scope)] = kept
 		}
 	}
 	for _, i := range d.Entries {
