@@ -1,8 +1,6 @@
 package store
 
 import (
-	"crypto/sha256"
-	"encoding/hex"
 	"fmt"
 	"time"
 
@@ -38,21 +36,15 @@ type Grant struct {
 	Data      map[string]string `json:"data,omitzero"`   // body of a write at Path
 	Params    map[string]string `json:"params"`
 	TTL       Duration          `json:"ttl"`
-	Delivery  string            `json:"delivery"`            // direct or wrapped
+	Delivery  string            `json:"delivery"`            // direct, wrapped or gateway
 	PublicKey string            `json:"public_key,omitzero"` // the step's own key, where the engine certifies it
 	Audience  string            `json:"audience,omitzero"`   // of a step identity token
 	Revocable bool              `json:"revocable"`
+	Access    *Access           `json:"access,omitzero"` // what the access path lets through and hides; set where Delivery is gateway
 }
 
 // Digest is "sha256:<hex>" of g's deterministic JSON.
-func (g *Grant) Digest() string {
-	b, err := json.Marshal(g, json.Deterministic(true))
-	if err != nil {
-		panic(err) // strings, maps of strings and numbers always marshal
-	}
-	sum := sha256.Sum256(b)
-	return "sha256:" + hex.EncodeToString(sum[:])
-}
+func (g *Grant) Digest() string { return digestOf(g) }
 
 // RequestedDetails are the details of step.requested.
 type RequestedDetails struct {
@@ -110,13 +102,62 @@ type ClosedDetails struct {
 	Attempt int    `json:"attempt"`
 }
 
-// UsedDetails are the details of credential.used.
+// How a use was seen, as UsedDetails.Via says it.
+const (
+	ViaIntrospection = "introspection" // a resource server asked, and said what for
+	ViaGateway       = "gateway"       // it went through the access path
+	ViaVaultAudit    = "vault-audit"   // Vault's audit log tells of it
+)
+
+// UsedDetails are the details of credential.used. On the access path the entry
+// is on record before the target is reached, with what was asked in full under
+// SealedStatement; what came of it is in a use.finished.
 type UsedDetails struct {
 	Intent string `json:"intent"` // of the credential
-	Via    string `json:"via"`    // how the use was seen: introspection
+	Via    string `json:"via"`    // one of the Via constants
 	By     string `json:"by"`     // who saw it, such as the resource server
-	Use    string `json:"use"`    // what was done
+	Use    string `json:"use"`    // what was done, in one line without values: "SELECT orders", "GET /orders/*", "tools/call refund"
+
+	// The rest is the access path's.
+
+	Protocol string   `json:"protocol,omitzero"` // http, postgres or mcp
+	Conn     string   `json:"conn,omitzero"`     // names the connection, so that the uses of one are told apart
+	Objects  []string `json:"objects,omitzero"`  // what is reached within the target: tables, the tool
+	Access   string   `json:"access,omitzero"`   // Access.Digest of the rules in force
+	Masking  string   `json:"masking,omitzero"`  // Masking.Digest of the rules in force; empty where there are none
 }
+
+// MaxOutcomes is how many uses one use.finished may tell of, so that it fits in
+// MaxEntry.
+const MaxOutcomes = 100
+
+// UseFinishedDetails are the details of use.finished: what came of uses of one
+// credential. A use without one was cut short, or its gateway crashed.
+type UseFinishedDetails struct {
+	Outcomes []UseOutcome `json:"outcomes"` // in the order in which they ended; at most MaxOutcomes
+}
+
+// UseOutcome says what came of one use.
+type UseOutcome struct {
+	Use      string   `json:"use"`               // entry ID of the credential.used
+	Status   string   `json:"status"`            // what the target said: a command tag ("SELECT 3"), an HTTP status ("200"), "ok"; empty where it said nothing
+	Error    string   `json:"error,omitzero"`    // SQLSTATE, or one of the Use… reasons; empty where it succeeded
+	Rows     int64    `json:"rows,omitzero"`     // rows, or events of a stream, that the step got
+	Sent     int64    `json:"sent,omitzero"`     // bytes of content towards the target
+	Received int64    `json:"received,omitzero"` // bytes of content towards the step
+	Masked   int64    `json:"masked,omitzero"`   // values that were hidden
+	Took     Duration `json:"took"`              // from forwarding to the end
+	Digest   string   `json:"digest,omitzero"`   // "sha256:<hex>" of content streamed in that the use itself does not hold (COPY, a request's body)
+}
+
+// Reasons of UseOutcome.Error that are no target's own.
+const (
+	UseCut      = "cut"      // the session ended while it was under way
+	UseUpstream = "upstream" // the target could not be reached, hung up, or broke the protocol
+	UseTimeout  = "timeout"  // it took longer than the rules allow
+	UseClient   = "client"   // the step hung up
+	UseWithheld = "withheld" // what came back could not be masked surely, and was not handed on
+)
 
 // FinishedDetails are the details of step.finished. The summary is sealed.
 type FinishedDetails struct {
@@ -200,6 +241,28 @@ type RefusedDetails struct {
 	Problem string `json:"problem"`         //
 	Remote  string `json:"remote"`          // IP address without port
 	Folded  int    `json:"folded,omitzero"` // like refusals not recorded on their own since the last entry
+
+	// On the access path, Method is the protocol, Route what was asked in one
+	// line without values, as UsedDetails.Use, and SealedStatement the whole.
+
+	Intent string `json:"intent,omitzero"` // of the credential, where the session is known
+	Reason string `json:"reason,omitzero"` // which guard refused, in words that hold no value
+}
+
+// What an alert is about.
+const (
+	AlertMint    = "mint-without-intent" // the broker's Vault login made a token that no intent accounts for
+	AlertUse     = "use-unmatched"       // a credential that we minted was used, and it is not known which
+	AlertLateUse = "use-after-end"       // a credential was used after its end
+)
+
+// AlertDetails are the details of alert.raised.
+type AlertDetails struct {
+	Alert  string `json:"alert"`           // one of the Alert constants
+	Source string `json:"source"`          // what told of it, such as vault-audit
+	Ref    string `json:"ref,omitzero"`    // its name there, such as the ID of a Vault request
+	Intent string `json:"intent,omitzero"` // of the credential, where known
+	What   string `json:"what"`            // what was seen, in one line without secrets
 }
 
 // WriterDetails are the details of writer.added.

@@ -18,6 +18,7 @@ const (
 	CredentialFailed    Type = "credential.failed"
 	CredentialAbandoned Type = "credential.abandoned"
 	CredentialUsed      Type = "credential.used"
+	UseFinished         Type = "use.finished" // what came of uses on the access path
 	CredentialRevoked   Type = "credential.revoked"
 	CredentialExpired   Type = "credential.expired"
 	AccessRefused       Type = "access.refused"
@@ -42,7 +43,7 @@ const (
 var writable = map[Type]bool{
 	StepRequested: true, StepFinished: true, RequestWithdrawn: true, RequestVoid: true,
 	CredentialIssuing: true, CredentialIssued: true, CredentialFailed: true, CredentialAbandoned: true,
-	CredentialUsed: true, CredentialRevoked: true, CredentialExpired: true,
+	CredentialUsed: true, UseFinished: true, CredentialRevoked: true, CredentialExpired: true,
 	AccessRefused: true, AlertRaised: true, PolicyLoaded: true,
 
 	ApprovalRequested: true,
