@@ -185,6 +185,9 @@ func ParseSubmission(b []byte) (*Submission, error) {
 	if err := checkText(b, MaxSubmission); err != nil {
 		return nil, err
 	}
+	if tooDeep(b) {
+		return nil, fmt.Errorf("%w: nested deeper than %d", ErrMalformed, maxDepth)
+	}
 	var s Submission
 	if err := json.Unmarshal(b, &s, json.RejectUnknownMembers(true)); err != nil {
 		return nil, fmt.Errorf("%w: %v", ErrMalformed, err)
@@ -196,6 +199,32 @@ func ParseSubmission(b []byte) (*Submission, error) {
 		return nil, fmt.Errorf("%w: %v", ErrMalformed, err)
 	}
 	return &s, nil
+}
+
+// maxDepth bounds how deep a submission nests. Databases read JSON by recursion,
+// and take the longer for each level: a thousand slow a whole batch down.
+const maxDepth = 64
+
+// tooDeep reports whether JSON text b nests deeper than maxDepth. What is no JSON
+// is for the decoder to refuse.
+func tooDeep(b []byte) bool {
+	depth, inString := 0, false
+	for i := 0; i < len(b); i++ {
+		switch c := b[i]; {
+		case inString && c == '\\':
+			i++
+		case c == '"':
+			inString = !inString
+		case inString:
+		case c == '{' || c == '[':
+			if depth++; depth > maxDepth {
+				return true
+			}
+		case c == '}' || c == ']':
+			depth--
+		}
+	}
+	return false
 }
 
 func checkText(b []byte, most int) error {

@@ -64,6 +64,7 @@ func TestASubmissionThatIsNotStrictlyOneIsRefused(t *testing.T) {
 		"no agent":                           strings.Replace(good, "spiffe://example.test/x", "", 1),
 		"details that are a list":            strings.Replace(good, `{"a":"b"}`, `[]`, 1),
 		"another text than committed to":     strings.Replace(good, "because", "becaused", 1),
+		"nested too deep":                    strings.Replace(good, `"a":"b"`, `"a":`+strings.Repeat("[", maxDepth)+strings.Repeat("]", maxDepth), 1),
 		"too long":                           strings.Replace(good, `"a":"b"`, `"a":"`+strings.Repeat("x", MaxSubmission)+`"`, 1),
 	} {
 		if bad == good {
@@ -72,6 +73,9 @@ func TestASubmissionThatIsNotStrictlyOneIsRefused(t *testing.T) {
 		if _, err := ParseSubmission([]byte(bad)); !errors.Is(err, ErrMalformed) {
 			t.Errorf("%s: %v", name, err)
 		}
+	}
+	if _, err := ParseSubmission([]byte(strings.Replace(good, `"a":"b"`, `"a":"`+strings.Repeat(`[{\"`, maxDepth)+`"`, 1))); err != nil {
+		t.Errorf("brackets in a text are no nesting: %v", err)
 	}
 	if _, err := ParseSubmission([]byte(strings.Replace(good, `"a":"b"`, `"a":"\\u0000"`, 1))); err != nil {
 		t.Errorf("a backslash before u0000 is no NUL: %v", err)
