@@ -11,9 +11,12 @@ import (
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
+	"crypto/x509"
 	"encoding/base64"
 	"errors"
 	"fmt"
+	"net"
+	"strings"
 	"sync"
 	"time"
 
@@ -21,14 +24,19 @@ import (
 
 	"github.com/countersign-dev/countersign/issuer"
 	"github.com/countersign-dev/countersign/store"
+	"github.com/countersign-dev/countersign/store/refusal"
 )
 
 // Errors of the access path. store.ErrUnavailable is wrapped where the recorder
 // did not answer: then nothing may reach the target.
 var (
-	ErrNoSession = errors.New("no such session")          // unknown, ended, or not shown to be its holder's
-	ErrEnded     = errors.New("the session has ended")    // while it was in use
-	ErrNoGateway = errors.New("no such gateway protocol") // this gateway does not serve it
+	ErrNoSession = errors.New("no such session")            // unknown, ended, or not shown to be its holder's
+	ErrProof     = errors.New("not a good DPoP proof")      // wrapped beside ErrNoSession
+	ErrEnded     = errors.New("the session has ended")      // while it was in use
+	ErrNoGateway = errors.New("no such gateway protocol")   // this gateway does not serve it
+	ErrFull      = errors.New("too many sessions are open") // Config.MaxSessions
+	ErrTooLarge  = errors.New("too large to be on record")  // MaxStatement, MaxUses
+	ErrDenied    = errors.New("not approved")               // Ask: policy or people said no
 )
 
 // Recorder is where uses are put on record, as broker.Recorder.
@@ -38,7 +46,11 @@ type Recorder interface {
 
 // Ask opens a request for scope in the name of the step of s, waits for people
 // as long as ctx allows, and returns the session of what was minted. The caller
-// ends it. The error is a *Waiting where people have not decided in time.
+// ends it, by Close. reason is what people read: it says what the call is, its
+// arguments included, since calls of one step with the same reason are one
+// request until its credential is collected. The error is a *Waiting where
+// people have not decided in time, and wraps ErrDenied where it was decided
+// against.
 type Ask func(ctx context.Context, s *Session, scope, reason string) (*Session, error)
 
 // Waiting says that people are to decide, and where.
@@ -51,23 +63,32 @@ func (e *Waiting) Error() string { return "request " + e.Request + " waits for a
 
 // Config is what a Gateway is made of.
 type Config struct {
-	Recorder  Recorder
-	Addresses map[string]string // what steps are told, by protocol: postgres host:port, http and mcp a URL
-	Now       func() time.Time  // time.Now by default
-	Log       *zap.Logger       // none by default
+	Recorder    Recorder
+	TrustDomain string            // of the SPIFFE ID under which those stand who show no token
+	Addresses   map[string]string // what steps are told, by protocol: postgres host:port, http and mcp a URL
+	Upstreams   map[string]string // host:port that is dialled, by the host that a catalogue names; hosts that are not here are dialled as named
+	RootCAs     *x509.CertPool    // whom targets' certificates are checked against; nil: the system's
+	MaxSessions int               // open at once; 0: any number
+	Now         func() time.Time  // time.Now by default
+	Log         *zap.Logger       // none by default
 }
 
 // Gateway holds the sessions of one process. It is safe for concurrent use.
 type Gateway struct {
 	Config
-	ask Ask
+	ask    Ask
+	record *recording
+	dialer net.Dialer
+
+	strangers *refusal.Log // who shows no token
 
 	mu       sync.Mutex
+	closed   bool
 	byToken  map[[32]byte]*Session // by SHA-256 of the token
 	byIntent map[string]*Session
 }
 
-// New returns a Gateway without sessions.
+// New returns a Gateway without sessions. It is to be closed.
 func New(c Config) *Gateway {
 	if c.Now == nil {
 		c.Now = time.Now
@@ -75,13 +96,55 @@ func New(c Config) *Gateway {
 	if c.Log == nil {
 		c.Log = zap.NewNop()
 	}
-	return &Gateway{Config: c, byToken: map[[32]byte]*Session{}, byIntent: map[string]*Session{}}
+	upstreams := map[string]string{}
+	for host, to := range c.Upstreams {
+		upstreams[strings.ToLower(host)] = to
+	}
+	c.Upstreams = upstreams
+	g := &Gateway{Config: c, record: newRecording(c), dialer: net.Dialer{Timeout: dialWithin},
+		byToken: map[[32]byte]*Session{}, byIntent: map[string]*Session{}}
+	g.strangers = refusal.New(c.Log, g.record.refused, func(s *store.Submission) string { return s.Action })
+	return g
+}
+
+// Close ends all sessions and puts on record what is still to be; what the
+// recorder does not take within 5 s is lost, and logged by number. Nothing can
+// be opened or used afterwards.
+func (g *Gateway) Close() {
+	g.mu.Lock()
+	g.closed = true
+	open := make([]*Session, 0, len(g.byIntent))
+	for _, s := range g.byIntent {
+		open = append(open, s)
+	}
+	g.mu.Unlock()
+	for _, s := range open {
+		s.Close()
+	}
+	g.strangers.Close()
+	g.record.close()
+}
+
+// Serves says why a session for access could not be opened now, or nil:
+// ErrNoGateway or ErrFull.
+func (g *Gateway) Serves(access *store.Access) error {
+	if access == nil || g.Addresses[access.Protocol] == "" {
+		return ErrNoGateway
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.MaxSessions > 0 && len(g.byIntent) >= g.MaxSessions {
+		return ErrFull
+	}
+	return nil
 }
 
 // Params are what a session is made of.
 type Params struct {
 	Story   *store.Entry // what its entries repeat: step.requested without details
 	Owners  []string     // of the orchestrator, as broker.Caller has them
+	Subject string       // on whose behalf, as the orchestrator named it
+	Proved  bool         // the subject was proved by a token
 	Intent  string       // entry ID of the intent behind the credential
 	Grant   store.Grant  // with Access
 	Secret  *issuer.Credential
@@ -91,13 +154,25 @@ type Params struct {
 // Session is one credential's access. It is safe for concurrent use.
 type Session struct {
 	Params
-	g      *Gateway
-	token  [32]byte
-	ctx    context.Context // ends with the session
-	cancel context.CancelCauseFunc
+	g       *Gateway
+	token   [32]byte
+	proof   *proof          // nil: the token alone is enough
+	ctx     context.Context // ends with the session
+	cancel  context.CancelCauseFunc
+	timer   *time.Timer // its end
+	access  string      // Access.Digest
+	masking string      // Masking.Digest
+	base    int         // bytes of an entry of its that says nothing of its own
+
+	mu       sync.Mutex
+	refusals *refusal.Log       // nil before the first
+	outcomes []store.UseOutcome // not on their way to the record yet
 }
 
-// Open begins a session and returns it with its token, which is not kept.
+// Open begins a session and returns it with its token, which is not kept. A
+// grant with a public key is for whoever proves to hold the key (RFC 9449); it
+// must be a JWK of P-256 or Ed25519, and of a protocol over HTTP. Errors are
+// ErrNoGateway and ErrFull, or say what is wrong with the key.
 func (g *Gateway) Open(p Params) (*Session, string, error) {
 	if p.Grant.Access == nil || g.Addresses[p.Grant.Access.Protocol] == "" {
 		return nil, "", ErrNoGateway
@@ -105,22 +180,53 @@ func (g *Gateway) Open(p Params) (*Session, string, error) {
 	raw := make([]byte, 32)
 	_, _ = rand.Read(raw) // never fails (crypto/rand)
 	token := base64.RawURLEncoding.EncodeToString(raw)
-	s := &Session{Params: p, g: g, token: sha256.Sum256([]byte(token))}
-	due, stop := context.WithDeadlineCause(context.Background(), p.Expires, ErrEnded)
-	s.ctx, s.cancel = context.WithCancelCause(due)
-	context.AfterFunc(s.ctx, func() { stop(); g.forget(s) })
+	s := &Session{Params: p, g: g, token: sha256.Sum256([]byte(token)),
+		access: p.Grant.Access.Digest(), masking: p.Grant.Access.Masking.Digest()}
+	if p.Grant.PublicKey != "" {
+		if p.Grant.Access.Protocol == store.ProtocolPostgres {
+			return nil, "", errors.New("a PostgreSQL session cannot be bound to a key")
+		}
+		var err error
+		if s.proof, err = newProof(p.Grant.PublicKey, token); err != nil {
+			return nil, "", fmt.Errorf("public_key: %w", err)
+		}
+	}
+	b, err := s.used(Use{Statement: "x"}).Marshal()
+	if err != nil {
+		return nil, "", fmt.Errorf("%w: %v", store.ErrMalformed, err)
+	}
+	s.base = len(b)
+	s.ctx, s.cancel = context.WithCancelCause(context.Background())
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	switch {
+	case g.closed:
+		return nil, "", ErrNoGateway
+	case g.MaxSessions > 0 && len(g.byIntent) >= g.MaxSessions:
+		return nil, "", ErrFull
+	}
 	g.byToken[s.token], g.byIntent[p.Intent] = s, s
+	s.timer = time.AfterFunc(p.Expires.Sub(g.Now()), s.Close)
 	return s, token, nil
 }
 
-func (g *Gateway) forget(s *Session) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	delete(g.byToken, s.token)
-	if g.byIntent[s.Intent] == s {
-		delete(g.byIntent, s.Intent)
+// Close ends the session: its connections are cut at once. What came of its
+// uses goes on record in the background.
+func (s *Session) Close() {
+	s.g.mu.Lock()
+	delete(s.g.byToken, s.token)
+	if s.g.byIntent[s.Intent] == s {
+		delete(s.g.byIntent, s.Intent)
+	}
+	s.g.mu.Unlock()
+	s.timer.Stop()
+	s.cancel(ErrEnded)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.flush()
+	if s.refusals != nil {
+		s.g.record.background(s.refusals.Close)
+		s.refusals = nil
 	}
 }
 
@@ -131,105 +237,39 @@ func (g *Gateway) End(intent string) {
 	s := g.byIntent[intent]
 	g.mu.Unlock()
 	if s != nil {
-		s.cancel(ErrEnded)
+		s.Close()
 	}
 }
 
-// Session returns the session of a token. Tokens are looked up by digest, so
-// that the time it takes tells nothing of them. The error is ErrNoSession.
-func (g *Gateway) Session(token string) (*Session, error) {
+// Has reports whether the intent has a session.
+func (g *Gateway) Has(intent string) bool {
 	g.mu.Lock()
-	s := g.byToken[sha256.Sum256([]byte(token))]
-	g.mu.Unlock()
-	if s == nil || s.ctx.Err() != nil {
-		return nil, ErrNoSession
+	defer g.mu.Unlock()
+	return g.byIntent[intent] != nil
+}
+
+// Session returns the session of a token, where the token alone is enough.
+// Tokens are looked up by digest, so that the time it takes tells nothing of
+// them. The error is ErrNoSession.
+func (g *Gateway) Session(token string) (*Session, error) {
+	if s := g.holder(token); s != nil && s.proof == nil {
+		return s, nil
 	}
-	return s, nil
+	return nil, ErrNoSession
+}
+
+func (g *Gateway) holder(token string) *Session {
+	digest := sha256.Sum256([]byte(token))
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if s := g.byToken[digest]; s != nil && s.ctx.Err() == nil {
+		return s
+	}
+	return nil
 }
 
 // Context ends when the session does: what is open for it must be cut then.
 func (s *Session) Context() context.Context { return s.ctx }
-
-// Use is one thing that a step asks of its target.
-type Use struct {
-	Use       string   // one line without values, as store.UsedDetails.Use
-	Conn      string   // names the connection
-	Objects   []string // as store.UsedDetails.Objects
-	Statement string   // all that was asked; sealed
-}
-
-// Pending is a use that is on record and has no outcome yet.
-type Pending struct {
-	s     *Session
-	id    string
-	began time.Time
-}
-
-// Use puts uses on record, in order, all or none; what they ask for may reach
-// the target only afterwards. The error wraps store.ErrUnavailable, or is
-// ErrEnded.
-//
-// A crash after it leaves uses without an outcome, which may or may not have
-// reached the target.
-func (s *Session) Use(ctx context.Context, uses ...Use) ([]*Pending, error) {
-	if s.ctx.Err() != nil {
-		return nil, ErrEnded
-	}
-	subs := make([]*store.Submission, len(uses))
-	for i, u := range uses {
-		sub := s.submission(store.CredentialUsed)
-		sub.SetDetails(store.UsedDetails{Intent: s.Intent, Via: store.ViaGateway, By: "gateway", Use: u.Use, Protocol: s.Grant.Access.Protocol,
-			Conn: u.Conn, Objects: u.Objects, Access: s.Grant.Access.Digest(), Masking: s.Grant.Access.Masking.Digest()})
-		sub.Seal(store.SealedStatement, u.Statement)
-		subs[i] = sub
-	}
-	if _, err := s.g.Recorder.Append(ctx, subs...); err != nil {
-		return nil, fmt.Errorf("record a use: %w", err)
-	}
-	out := make([]*Pending, len(uses))
-	for i, sub := range subs {
-		out[i] = &Pending{s: s, id: sub.ID, began: s.g.Now()}
-	}
-	return out, nil
-}
-
-// Finish says what came of a use, once; Use and Took of o are set here. sample
-// is an excerpt of what came back, masked. It is put on record soon, and by
-// Close at the latest.
-func (p *Pending) Finish(o store.UseOutcome, sample string) {
-	o.Use, o.Took = p.id, store.Duration(p.s.g.Now().Sub(p.began))
-	sub := p.s.submission(store.UseFinished)
-	sub.SetDetails(store.UseFinishedDetails{Outcomes: []store.UseOutcome{o}})
-	sub.Seal(store.SealedSample, sample)
-	if _, err := p.s.g.Recorder.Append(context.Background(), sub); err != nil {
-		p.s.g.Log.Warn("an outcome could not be recorded", zap.Error(err))
-	}
-}
-
-// Refusal is what a guard did not let through.
-type Refusal struct {
-	Use       string // as Use.Use
-	Conn      string
-	Statement string // all that was asked; sealed
-	Reason    string // which guard, in words that hold no value
-	Remote    string // IP address of the step, without port
-}
-
-// Refuse puts a refusal on record, before the step is told of it. Floods are
-// folded, as store/refusal does.
-func (s *Session) Refuse(ctx context.Context, r Refusal) error {
-	sub := s.submission(store.AccessRefused)
-	sub.SetDetails(store.RefusedDetails{Method: s.Grant.Access.Protocol, Route: r.Use, Problem: "scope-denied", Remote: r.Remote, Intent: s.Intent, Reason: r.Reason})
-	sub.Seal(store.SealedStatement, r.Statement)
-	_, err := s.g.Recorder.Append(ctx, sub)
-	return err
-}
-
-func (s *Session) submission(t store.Type) *store.Submission {
-	e := *s.Story
-	e.V, e.ID, e.Type, e.WriterTime, e.Time, e.Writer, e.Sealed, e.Details = store.Version, store.NewID(), t, store.At(s.g.Now()), store.Time{}, "", nil, nil
-	return &store.Submission{Entry: e}
-}
 
 // Ask is g's Ask, on behalf of s. Nothing can be asked for before OnAsk.
 func (s *Session) Ask(ctx context.Context, scope, reason string) (*Session, error) {
@@ -241,3 +281,22 @@ func (s *Session) Ask(ctx context.Context, scope, reason string) (*Session, erro
 
 // OnAsk sets what Session.Ask calls. It must be called before the first Open.
 func (g *Gateway) OnAsk(ask Ask) { g.ask = ask }
+
+// dialWithin bounds one connection to a target.
+const dialWithin = 10 * time.Second
+
+// Dial connects to a target, at the address that Config.Upstreams gives its
+// host. network is that of net.Dial, and of TCP.
+func (g *Gateway) Dial(ctx context.Context, network, hostport string) (net.Conn, error) {
+	host, _, err := net.SplitHostPort(hostport)
+	if err != nil {
+		return nil, err
+	}
+	if !strings.HasPrefix(network, "tcp") {
+		return nil, net.UnknownNetworkError(network)
+	}
+	if to := g.Upstreams[strings.ToLower(host)]; to != "" {
+		hostport = to
+	}
+	return g.dialer.DialContext(ctx, network, hostport)
+}
