@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -82,6 +83,7 @@ func FuzzCatalogue(f *testing.F) {
 	f.Add(Demo(orders))
 	f.Add([]byte("scopes:" + wide))
 	f.Add([]byte("scopes:" + every))
+	f.Add([]byte("scopes:" + reached))
 	for _, s := range []string{"", "scopes: [", "- a", "&a [*a]", "a: &a {b: *a}", "? a\n: b", "!!binary x", "scopes:\n- name: |\n    x\n", "{{{{", "[[[[", "---\n---\n", "\xff", "a: 'b", "scopes: [{<<: {}}]", "%YAML 1.2\n---\nscopes: []"} {
 		f.Add([]byte(s))
 	}
@@ -104,12 +106,22 @@ func FuzzCatalogue(f *testing.F) {
 			if sc.MaxTTL <= 0 || sc.DefaultTTL <= 0 || sc.DefaultTTL > sc.MaxTTL || len(sc.Delivery) == 0 || sc.Target == "" || sc.Sensitivity == "" {
 				t.Fatalf("%+v", sc)
 			}
-			a := ask(sc.Name)
-			for _, who := range sc.Ask {
-				a.Orchestrator = strings.ReplaceAll(who, "*", "")
+			if through := slices.Contains(sc.Delivery, Gateway); through != (sc.Access != nil) || through != (sc.Access != nil && sc.Access.Upstream != "") {
+				t.Fatalf("delivered %q with access %+v", sc.Delivery, sc.Access)
 			}
-			if v, err := s.Decide(context.Background(), a); err == nil && len(v.Reasons) > 0 && v.Reasons[0] == reasonMayNotAsk {
-				t.Fatalf("nobody may ask for %+v", sc)
+			for _, delivery := range sc.Delivery {
+				a := ask(sc.Name)
+				a.Delivery = delivery
+				for _, who := range sc.Ask {
+					a.Orchestrator = strings.ReplaceAll(who, "*", "")
+				}
+				v, err := s.Decide(context.Background(), a)
+				if err == nil && len(v.Reasons) > 0 && v.Reasons[0] == reasonMayNotAsk {
+					t.Fatalf("nobody may ask for %+v", sc)
+				}
+				if err == nil && (v.Grant.Access != nil) != (delivery == Gateway) {
+					t.Fatalf("delivered %s with access %+v", delivery, v.Grant.Access)
+				}
 			}
 		}
 	})

@@ -110,6 +110,7 @@ func readCatalogue(name string, b []byte) (out []*Scope, approval *store.Rule, _
 		slugs[sc.slug] = sc
 		out = append(out, sc)
 	}
+	r.toolScopes(out)
 	return out, approval, r.problems
 }
 
@@ -125,7 +126,7 @@ func slug(name string) string {
 
 func (r *reader) scope(n ast.Node) *Scope {
 	f, ok := r.mapping(n, "a scope", "name", "description", "target", "sensitivity", "max_ttl", "default_ttl", "ask",
-		"engine", "vault", "delivery", "params", "audience", "revocable", "connection", "masking", "retention", "approval")
+		"engine", "vault", "delivery", "params", "audience", "revocable", "connection", "access", "masking", "retention", "approval")
 	if !ok {
 		return nil
 	}
@@ -178,16 +179,8 @@ func (r *reader) scope(n ast.Node) *Scope {
 	r.ttls(sc, f, missing)
 	r.target(sc, f, missing)
 	r.connection(sc, f, what)
-	if v := f.get("masking"); v != nil {
-		sc.Masking = r.texts(v, "masking", maxList, func(item ast.Node, s string) {
-			if !fieldName.MatchString(s) {
-				r.bad(item, fmt.Sprintf("%q is not the name of a field", clip(s)), "write a column or a JSON member, like email")
-			}
-		})
-		if len(sc.Delivery) > 0 && !slices.Contains(sc.Delivery, Gateway) {
-			r.bad(v, "masking has no effect on what is handed out directly", "add gateway to `delivery`, or take masking out")
-		}
-	}
+	r.access(sc, f, what)
+	r.masking(sc, f)
 	if v := f.get("retention"); v != nil {
 		sc.Retention = r.duration(v, "retention", 24*time.Hour, 10*365*24*time.Hour)
 	}

@@ -13,6 +13,18 @@ func TestEveryMistakeOfACatalogueIsToldWithItsPlaceAndItsRemedy(t *testing.T) {
 	params := func(s string) string {
 		return path + "      path: aws/creds/{{role}}\n    params:\n      - name: role\n" + s
 	}
+	kv := head + "    engine: kv\n    vault: {path: x}\n    delivery: [gateway]\n"
+	base := "protocol: http, upstream: \"http://t.internal\", inject: {in: header, name: X-Api-Key, value: \"{{key}}\"}"
+	http := func(s string) string { return kv + "    access: {" + base + ", " + s + "}\n" }
+	db := func(s string) string {
+		return head + "    engine: database\n    vault: {role: x}\n    connection: {host: h, database: d}\n    delivery: [gateway]\n    access: {" + s + "}\n"
+	}
+	mcp := func(s string) string {
+		return kv + "    access: {" + strings.Replace(base, "http", "mcp", 1) + ", " + s + "}\n"
+	}
+	inject := func(s string) string {
+		return kv + "    access: {protocol: http, upstream: \"http://t.internal\", routes: [{methods: [GET], paths: [/]}], inject: " + s + "}\n"
+	}
 	var b strings.Builder
 	for _, c := range []struct{ name, catalogue string }{
 		{"an empty file", ""},
@@ -109,6 +121,64 @@ func TestEveryMistakeOfACatalogueIsToldWithItsPlaceAndItsRemedy(t *testing.T) {
 		{"a static secret handed out", head + "    engine: kv\n    vault: {path: x}\n    delivery: [direct]\n"},
 		{"a static secret without delivery", head + "    engine: kv\n    vault: {path: x}\n"},
 		{"masks without a gateway", token + "    masking: [email]\n"},
+		{"an access without a gateway", token + "    access: {protocol: http}\n"},
+		{"a gateway without an access", kv},
+		{"an access that is a word", kv + "    access: http\n"},
+		{"an access that says nothing", kv + "    access: {}\n"},
+		{"an access of another protocol than its engine's", kv + "    access: {protocol: postgres}\n"},
+		{"a database over HTTP", db("protocol: http")},
+		{"an access with a protocol alone", kv + "    access: {protocol: http}\n"},
+		{"an MCP access with a protocol alone", kv + "    access: {protocol: mcp}\n"},
+		{"keys of another protocol", db("upstream: \"http://x\", inject: {}, routes: [], tools: [], statement: [select]")},
+		{"upstreams that are none", strings.Join([]string{
+			"scopes:",
+			"  - {name: a, target: t, sensitivity: low, max_ttl: 5m, ask: [ci], engine: kv, vault: {path: x}, delivery: [gateway], access: {" + strings.Replace(base, "http://t.internal", "postgres://t", 1) + ", routes: [{methods: [GET], paths: [/]}]}}",
+			"  - {name: b, target: t, sensitivity: low, max_ttl: 5m, ask: [ci], engine: kv, vault: {path: x}, delivery: [gateway], access: {" + strings.Replace(base, "http://t.internal", "http://user:pass@t", 1) + ", routes: [{methods: [GET], paths: [/]}]}}",
+			"  - {name: c, target: t, sensitivity: low, max_ttl: 5m, ask: [ci], engine: kv, vault: {path: x}, delivery: [gateway], access: {" + strings.Replace(base, "http://t.internal", "http://t/?a=b#c", 1) + ", routes: [{methods: [GET], paths: [/]}]}}",
+			"  - {name: d, target: t, sensitivity: low, max_ttl: 5m, ask: [ci], engine: kv, vault: {path: x}, delivery: [gateway], access: {" + strings.Replace(base, "http://t.internal", "http://{{host}}", 1) + ", routes: [{methods: [GET], paths: [/]}]}}",
+			"  - {name: e, target: t, sensitivity: low, max_ttl: 5m, ask: [ci], engine: kv, vault: {path: x}, delivery: [gateway], access: {" + strings.Replace(base, "http://t.internal", "http://T.internal/", 1) + ", routes: [{methods: [GET], paths: [/]}]}}",
+			"  - {name: f, target: t, sensitivity: low, max_ttl: 5m, ask: [ci], engine: kv, vault: {path: x}, delivery: [gateway], access: {" + strings.Replace(base, "http://t.internal", "http://t/a/../b", 1) + ", routes: [{methods: [GET], paths: [/]}]}}",
+			"  - {name: g, target: t, sensitivity: low, max_ttl: 5m, ask: [ci], engine: kv, vault: {path: x}, delivery: [gateway], access: {" + strings.Replace(base, "http://t.internal", "http://t:0", 1) + ", routes: [{methods: [GET], paths: [/]}]}}",
+			"  - {name: h, target: t, sensitivity: low, max_ttl: 5m, ask: [ci], engine: kv, vault: {path: x}, delivery: [gateway], access: {" + strings.Replace(base, "http://t.internal", "http:///x", 1) + ", routes: [{methods: [GET], paths: [/]}]}}",
+		}, "\n")},
+		{"a secret that goes nowhere", inject("{}")},
+		{"a secret that goes in the body", inject("{in: body, name: x, value: \"{{key}}\"}")},
+		{"a secret in a header of the gateway's own", inject("{in: header, name: host, value: \"{{key}}\"}")},
+		{"a header with a line break in its name", inject("{in: header, name: \"X: y\", value: \"{{key}}\"}")},
+		{"an inject without a secret", inject("{in: header, name: X-Api-Key, value: key}")},
+		{"templates of a secret that are none", inject("{in: basic, username: \"{{ user }}\", password: \"{{key\"}")},
+		{"an inject with the keys of another", inject("{in: query, name: \"a&b\", username: \"{{key}}\"}")},
+		{"a signature for nobody", inject("{in: sigv4, region: \"EU Central\"}")},
+		{"a signature towards an MCP server", kv + "    access: {protocol: mcp, upstream: \"http://t.internal\", tools: [x], inject: {in: sigv4, region: eu-central-1, service: x}}\n"},
+		{"routes that are none", http(`routes: [{}, {methods: [get, CONNECT, "*"], paths: [orders, /a?b, "/a/../b", "/a//b", "/a*", "/%2e", /**]}, 7]`)},
+		{"headers on record that hold secrets", http(`routes: [{methods: [GET], paths: [/]}], request_headers: [authorization, x-api-key, "a b", Accept, accept], response_headers: [Set-Cookie]`)},
+		{"numbers out of bounds", http(`routes: [{methods: [GET], paths: [/]}], sample: 1000000, timeout: 1h, upgrade: 1`)},
+		{"masks over an upgraded connection", http(`routes: [{methods: [GET], paths: [/]}], upgrade: true`) + "    masking: [email]\n"},
+		{"statements, tables and functions that are none", db(`tls: disable, statements: [drop, SELECT], tables: ["orders; drop", "*.orders", a.b.c, ""], functions: ["*", "sales.*"], everywhere: true, sample: 0`)},
+		{"tools that are none", mcp(`tools: [lookup, lookup, "a b", {scope: x}, {name: y, scope: "a:b"}, {name: "{{x}}"}, 7], resources: ["{{x}}"], prompts: []`)},
+		{"tools whose scope does not do", mcp(`tools: [{name: t1, scope: "no:such"}, {name: t2, scope: "vault:x"}, {name: t3, scope: "other:upstream"}, {name: t4, scope: "other:tools"}, {name: t5, scope: "other:tools"}, {name: t6, scope: "other:tools"}, {name: "t*", scope: "other:tools"}]`) + `
+  - {name: "vault:x", target: t, sensitivity: low, max_ttl: 5m, ask: [ci], engine: token, vault: {policies: [{path: secret/x, capabilities: [read]}]}}
+  - {name: "other:upstream", target: t, sensitivity: low, max_ttl: 5m, ask: [ci], engine: kv, vault: {path: x}, delivery: [gateway], access: {protocol: mcp, upstream: "http://other.internal", inject: {in: query, name: key, value: "{{key}}"}, tools: ["*"]}}
+  - {name: "other:tools", target: t, sensitivity: low, max_ttl: 5m, ask: [ci], engine: kv, vault: {path: x}, delivery: [gateway], access: {protocol: mcp, upstream: "http://t.internal", inject: {in: query, name: key, value: "{{key}}"}, tools: ["t5*", {name: t6, scope: "no:such"}]}}
+`},
+		{"masks that are none", http("routes: [{methods: [GET], paths: [/]}]") + `    masking:
+      - "a b"
+      - email
+      - field: email
+      - {field: "*"}
+      - {field: a, detector: email}
+      - {}
+      - {member: a}
+      - {path: "$"}
+      - {path: "$..a"}
+      - {path: "$.a[0]"}
+      - {path: "customers[*].email"}
+      - {detector: passport}
+      - {column: orders.email}
+      - {type: text}
+      - 7
+`},
+		{"masks that a database cannot keep", db("tables: [orders]") + "    masking: [{path: $.a}, {column: email}, {column: a.b.c.d}, {type: \"DOUBLE PRECISION\"}]\n"},
 		{"an approval rule without groups", token + "    approval: {expires: 1h}\n"},
 		{"an approval rule with everything wrong", token + `    approval:
       groups: [{group: "d b a", count: 0}, {group: sre}, {group: sre}, {count: 1}]

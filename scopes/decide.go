@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/ecdsa"
 	"crypto/ed25519"
+	"crypto/elliptic"
 	"crypto/rsa"
 	"crypto/x509"
 	"encoding/pem"
@@ -15,6 +16,9 @@ import (
 	"time"
 	"unicode"
 
+	"github.com/go-jose/go-jose/v4"
+	"github.com/go-json-experiment/json"
+	"github.com/go-json-experiment/json/jsontext"
 	"golang.org/x/crypto/ssh"
 
 	"github.com/countersign-dev/countersign/store"
@@ -184,7 +188,10 @@ func (sc *Scope) grant(ttl time.Duration, values map[string]string, delivery, pu
 	if g.Delivery, err = sc.deliver(delivery); err != nil {
 		return store.Grant{}, err
 	}
-	if g.PublicKey, err = sc.publicKey(publicKey); err != nil {
+	if g.Delivery == Gateway {
+		g.Access = sc.Access // never changed: a Set never is
+	}
+	if g.PublicKey, err = sc.publicKey(g.Delivery, publicKey); err != nil {
 		return store.Grant{}, err
 	}
 	if g.Audience, err = sc.audience(audience); err != nil {
@@ -238,11 +245,8 @@ func (sc *Scope) deliver(asked string) (string, error) {
 	if asked == "" {
 		asked = sc.Delivery[0]
 	}
-	switch {
-	case !slices.Contains(sc.Delivery, asked):
+	if !slices.Contains(sc.Delivery, asked) {
 		return "", fmt.Errorf("%w: %s is delivered %s", ErrDelivery, sc.Name, strings.Join(sc.Delivery, " or "))
-	case asked == Gateway:
-		return "", fmt.Errorf("%w: %s is reached through the gateway, and this broker has none", ErrDelivery, sc.Name)
 	}
 	return asked, nil
 }
@@ -263,7 +267,7 @@ func (sc *Scope) audience(asked string) (string, error) {
 
 // publicKey reads the step's key and writes it again, so that nothing but the
 // key goes on. What it returns it takes again unchanged.
-func (sc *Scope) publicKey(s string) (string, error) {
+func (sc *Scope) publicKey(delivery, s string) (string, error) {
 	refuse := func(err error) (string, error) { return "", fmt.Errorf("%w: %w", ErrPublicKey, err) }
 	switch {
 	case len(s) > maxKey:
@@ -280,6 +284,14 @@ func (sc *Scope) publicKey(s string) (string, error) {
 			return refuse(err)
 		}
 		return csr, nil
+	case s != "" && delivery == Gateway && sc.Access.Protocol != store.ProtocolPostgres:
+		key, err := proofKey(s)
+		if err != nil {
+			return refuse(err)
+		}
+		return key, nil
+	case s != "" && delivery == Gateway:
+		return refuse(errors.New("a PostgreSQL session has no proof of possession; leave public_key out"))
 	case s != "":
 		return refuse(fmt.Errorf("%s certifies no key; leave public_key out", sc.Name))
 	}
@@ -348,6 +360,48 @@ func signingRequest(s string) (string, error) {
 		return "", errors.New("the certificate request names a subject or extensions; the catalogue does, send it with an empty subject")
 	}
 	return strings.TrimSuffix(string(pem.EncodeToMemory(&pem.Block{Type: block.Type, Bytes: block.Bytes})), "\n"), nil
+}
+
+// privateMembers are those of a JWK that hold a secret (RFC 7518, sections 6.2.2,
+// 6.3.2 and 6.4.1).
+var privateMembers = []string{"d", "p", "q", "dp", "dq", "qi", "oth", "k"}
+
+// proofKey reads the JWK that a session at the gateway is bound to: the key of
+// the step's DPoP proofs (RFC 9449). It is written with the members of its
+// thumbprint alone (RFC 7638, section 3.2), in their order.
+func proofKey(s string) (string, error) {
+	want := errors.New("send one public key as a JWK (RFC 7517): EC with P-256, or Ed25519")
+	var members map[string]jsontext.Value // duplicate members are refused
+	if json.Unmarshal([]byte(s), &members) != nil {
+		return "", want
+	}
+	for _, m := range privateMembers {
+		if _, ok := members[m]; ok {
+			return "", errors.New("the key holds its private part: send the public one alone, and make a new key")
+		}
+	}
+	var k jose.JSONWebKey
+	if k.UnmarshalJSON([]byte(s)) != nil || k.Use != "" && k.Use != "sig" {
+		return "", want
+	}
+	switch key := k.Key.(type) {
+	case *ecdsa.PublicKey:
+		if key.Curve != elliptic.P256() {
+			return "", want
+		}
+	case ed25519.PublicKey:
+	default:
+		return "", want
+	}
+	b, err := json.Marshal(jose.JSONWebKey{Key: k.Key}, json.Deterministic(true))
+	if err != nil {
+		return "", want
+	}
+	v := jsontext.Value(b)
+	if v.Canonicalize() != nil { // RFC 8785: members in the order of their names
+		return "", want
+	}
+	return string(v), nil
 }
 
 // says reports whether a reason holds a character that can be read.

@@ -2,6 +2,7 @@ package scopes
 
 import (
 	_ "embed"
+	"net/netip"
 	"strconv"
 	"strings"
 )
@@ -13,15 +14,22 @@ var demo string
 var demoPostgres string
 
 // Demo is the catalogue of `countersign dev`: with the scopes of the orders
-// database where orders says how steps reach it. Parse it as any other.
+// database where orders says how steps reach it. The gateway asks a server on
+// this machine for no TLS, any other for a certificate that it can verify. Parse
+// it as any other.
 func Demo(orders *Connection) []byte {
 	if orders == nil {
 		return []byte(demo)
+	}
+	tls := "verify"
+	if ip, err := netip.ParseAddr(orders.Host); orders.Host == "localhost" || err == nil && ip.IsLoopback() {
+		tls = "off"
 	}
 	inside := func(s string) string { q := strconv.Quote(s); return q[1 : len(q)-1] }
 	return []byte(demo + strings.NewReplacer(
 		"@HOST@", inside(orders.Host),
 		"@PORT@", strconv.Itoa(orders.Port),
+		"@TLS@", tls,
 		"@DATABASE@", inside(orders.Database),
 	).Replace(demoPostgres))
 }

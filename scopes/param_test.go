@@ -170,8 +170,11 @@ func FuzzPublicKey(f *testing.F) {
 	f.Add("ssh:deploy", newSSHKey(f)+" me@here")
 	f.Add("ssh:deploy", "command=\"x\" ssh-ed25519 AAAA")
 	f.Add("pki:service", "-----BEGIN CERTIFICATE REQUEST-----\nMAA=\n-----END CERTIFICATE REQUEST-----\n")
+	for _, s := range []string{jwkP256, jwkEd25519, `{"kty":"EC"}`, `{"kty":"OKP","crv":"Ed25519","x":"AA"}`, `{"kty":"oct","k":"AAAA"}`, `{"kty":"EC","kty":"EC"}`} {
+		f.Add("http:demo", s)
+	}
 	f.Fuzz(func(t *testing.T, scope, key string) {
-		if scope != "ssh:deploy" {
+		if scope != "ssh:deploy" && scope != "http:demo" {
 			scope = "pki:service"
 		}
 		a := ask(scope)
@@ -182,6 +185,9 @@ func FuzzPublicKey(f *testing.F) {
 				t.Fatal(err)
 			}
 			return
+		}
+		if strings.Contains(v.Grant.PublicKey, `"d"`) {
+			t.Fatalf("a private key is granted: %q", v.Grant.PublicKey)
 		}
 		a.PublicKey = v.Grant.PublicKey
 		if again := decide(t, s, a); again.Grant.Digest() != v.Grant.Digest() {

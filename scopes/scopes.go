@@ -90,7 +90,8 @@ type Scope struct {
 	Audience    []string // identity only; the first is the default
 	Revocable   bool     // whether Vault can call the credential back
 	Connection  *Connection
-	Masking     []string      // fields that the access path hides
+	Access      *store.Access // what the access path does, Masking included; nil where the gateway delivers nothing
+	Masking     store.Masking // what the access path hides
 	Retention   time.Duration // how long the sealed texts are kept; 0: by sensitivity
 	Approval    *store.Rule   // who must approve; nil where nobody has to
 
@@ -102,6 +103,7 @@ type Scope struct {
 	target   template            //
 	data     map[string]template // of the write
 	position position
+	tools    []position // of Access.MCP.Tools
 }
 
 // Vault says what a scope takes from Vault.

@@ -90,7 +90,7 @@ func TestTheDemoCatalogueHoldsTheScopesOfTheContract(t *testing.T) {
 	for _, sc := range s.Scopes() {
 		names = append(names, sc.Name)
 	}
-	want := []string{"identity:step", "vault:demo-read", "vault:demo-write", "vault:demo-admin", "pki:service", "ssh:deploy", "http:demo", "orders-db:read", "orders-db:write"}
+	want := []string{"identity:step", "vault:demo-read", "vault:demo-write", "vault:demo-admin", "pki:service", "ssh:deploy", "http:demo", "mcp:demo", "mcp:demo-refund", "orders-db:read", "orders-db:write"}
 	if !slices.Equal(names, want) {
 		t.Errorf("got %q, want %q", names, want)
 	}
@@ -125,6 +125,14 @@ func TestAGrantHoldsAllThatTheIssuerAsksOfVault(t *testing.T) {
 		{"identity for another audience", func(a *Ask) { a.Audience = "vault" }, "identity:step", store.Allow, store.Grant{Target: "spiffe://countersign.demo", Engine: "identity", Policies: []string{}, TTL: long, Audience: "vault"}},
 		{"token", nil, "vault:demo-read", store.Allow, store.Grant{Target: "vault://secret/data/demo", Engine: "token", Role: "countersign-vault-demo-read", Policies: []string{"countersign-vault-demo-read"}, TTL: long, Revocable: true}},
 		{"token, wrapped", func(a *Ask) { a.Delivery = "wrapped"; a.TTL = "15m" }, "vault:demo-read", store.Allow, store.Grant{Target: "vault://secret/data/demo", Engine: "token", Role: "countersign-vault-demo-read", Policies: []string{"countersign-vault-demo-read"}, TTL: 3 * long, Delivery: "wrapped", Revocable: true}},
+		{"database through the gateway", func(a *Ask) { a.Delivery = "gateway" }, "orders-db:read", store.Allow, store.Grant{Target: "postgres://orders", Engine: "database", Role: "countersign-orders-db-read", Policies: []string{"countersign-orders-db-read"}, Method: "read", Path: "database/creds/orders-read", TTL: long, Delivery: "gateway", Revocable: true,
+			Access: &store.Access{Protocol: "postgres", Upstream: "db.internal:5432/orders", TLS: "verify", Postgres: &store.PostgresAccess{Statements: []string{"select"}, Tables: []string{"orders"}, Sample: 1024}, Masking: store.Masking{Rules: []store.MaskRule{{Column: "orders.email"}}}}}},
+		{"a static secret, through the gateway", nil, "http:demo", store.Allow, store.Grant{Target: "http://demo.internal", Engine: "kv", Role: "countersign-http-demo", Policies: []string{"countersign-http-demo"}, Method: "read", Path: "secret/data/http-demo", TTL: long, Delivery: "gateway", Revocable: true,
+			Access: &store.Access{Protocol: "http", Upstream: "http://demo.internal", Inject: &store.Inject{In: "header", Name: "Authorization", Value: "Bearer {{key}}"}, Masking: store.Masking{Rules: []store.MaskRule{{Field: "email"}}},
+				HTTP: &store.HTTPAccess{Routes: []store.HTTPRoute{{Methods: []string{"GET"}, Paths: []string{"/", "/customers", "/customers/*"}}}, ResponseHeaders: []string{"Content-Type"}, Sample: 1024}}}},
+		{"one call of a tool", func(a *Ask) { a.Reason = "OPS-1" }, "mcp:demo-refund", store.NeedsApproval, store.Grant{Target: "mcp://demo.internal/refund_order", Engine: "kv", Role: "countersign-mcp-demo-refund", Policies: []string{"countersign-mcp-demo-refund"}, Method: "read", Path: "secret/data/mcp-demo", TTL: long, Delivery: "gateway", Revocable: true,
+			Access: &store.Access{Protocol: "mcp", Upstream: "http://mcp.demo.internal", Inject: &store.Inject{In: "header", Name: "Authorization", Value: "Bearer {{key}}"}, Masking: store.Masking{Rules: []store.MaskRule{{Field: "email"}, {Detector: "email"}}},
+				MCP: &store.MCPAccess{Tools: []store.MCPTool{{Name: "refund_order"}}, Sample: 1024}}}},
 		{"database", nil, "orders-db:read", store.Allow, store.Grant{Target: "postgres://orders", Engine: "database", Role: "countersign-orders-db-read", Policies: []string{"countersign-orders-db-read"}, Method: "read", Path: "database/creds/orders-read", TTL: long, Revocable: true}},
 		{"pki", func(a *Ask) { a.Params = map[string]any{"service": "billing"} }, "pki:service", store.Allow, store.Grant{Target: "pki://demo.internal/billing", Engine: "pki", Role: "countersign-pki-service", Policies: []string{"countersign-pki-service"}, Method: "write", Path: "pki/issue/service", Params: map[string]string{"service": "billing"}, Data: map[string]string{"common_name": "billing.demo.internal", "ttl": "900s"}, TTL: 3 * long}},
 		{"pki for the step's own key", func(a *Ask) { a.PublicKey = csr; a.TTL = "1m" }, "pki:service", store.Allow, store.Grant{Target: "pki://demo.internal/step", Engine: "pki", Role: "countersign-pki-service", Policies: []string{"countersign-pki-service"}, Method: "write", Path: "pki/sign/service", Params: map[string]string{"service": "step"}, Data: map[string]string{"common_name": "step.demo.internal", "ttl": "60s", "csr": strings.TrimSpace(csr)}, PublicKey: strings.TrimSpace(csr), TTL: long / 5}},
@@ -184,8 +192,7 @@ func TestAnAskOutOfBoundsIsRefusedWithItsOwnError(t *testing.T) {
 		{"null for a param", ErrParams, Ask{Scope: "pki:service", Params: map[string]any{"service": nil}}},
 		{"a delivery that the scope has not", ErrDelivery, Ask{Scope: "orders-db:read", Delivery: "wrapped"}},
 		{"an unknown delivery", ErrDelivery, Ask{Scope: "orders-db:read", Delivery: "pigeon"}},
-		{"the gateway", ErrDelivery, Ask{Scope: "orders-db:read", Delivery: "gateway"}},
-		{"a scope of the gateway alone", ErrDelivery, Ask{Scope: "http:demo"}},
+		{"the gateway", ErrDelivery, Ask{Scope: "vault:demo-read", Delivery: "gateway"}},
 		{"a static secret, directly", ErrDelivery, Ask{Scope: "http:demo", Delivery: "direct"}},
 		{"no reason where one is due", ErrReasonRequired, Ask{Scope: "vault:demo-write", Reason: " \n"}},
 		{"an audience that is not allowed", ErrParams, Ask{Scope: "identity:step", Audience: "evil"}},
@@ -298,7 +305,7 @@ func TestTheIssuerRefusesToDeriveWhatTheCatalogueDoesNotAllow(t *testing.T) {
 		{"no TTL", "vault:demo-read", 0, nil, "direct", ErrTTLInvalid},
 		{"too long", "vault:demo-read", time.Hour, nil, "direct", ErrTTLTooLong},
 		{"traversal", "pki:service", time.Minute, map[string]string{"service": "../x"}, "direct", ErrParams},
-		{"gateway", "orders-db:read", time.Minute, nil, "gateway", ErrDelivery},
+		{"gateway", "vault:demo-read", time.Minute, nil, "gateway", ErrDelivery},
 	} {
 		if _, err := s.Resolve(c.scope, c.ttl, c.params, c.delivery, "", ""); !errors.Is(err, c.want) {
 			t.Errorf("%s: %v", c.name, err)

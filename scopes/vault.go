@@ -60,8 +60,8 @@ type rule struct {
 // VaultSetup derives from a catalogue the policies and token roles that it
 // needs. Each scope gets a policy and a token role of one name: the broker may
 // make tokens under the roles and nothing else, and what a token can reach is
-// fixed by the policy, which the broker cannot write. What the gateway alone
-// delivers has no part in it.
+// fixed by the policy, which the broker cannot write. What the gateway delivers
+// is read by a child token as well: the session dies with it.
 func VaultSetup(set *Set, opts VaultOptions) *VaultPlan {
 	p := &VaultPlan{Broker: opts.BrokerPolicy}
 	if p.Broker == "" {
@@ -70,7 +70,7 @@ func VaultSetup(set *Set, opts VaultOptions) *VaultPlan {
 	var create []rule
 	var leases []string
 	for _, sc := range set.Scopes() {
-		if sc.Engine == Identity || slices.Equal(sc.Delivery, []string{Gateway}) {
+		if sc.Engine == Identity {
 			continue
 		}
 		name := sc.VaultName()
@@ -85,7 +85,7 @@ func VaultSetup(set *Set, opts VaultOptions) *VaultPlan {
 			"token_explicit_max_ttl":  strconv.Itoa(int((sc.MaxTTL+roleSlack)/time.Second)) + "s",
 		}})
 		create = append(create, rule{path: "auth/token/create/" + name, capabilities: []string{"update"}})
-		if sc.Revocable && sc.Engine != Token {
+		if sc.Revocable && sc.Engine != Token && sc.Engine != KV { // neither has a lease of its own
 			for _, r := range rules {
 				// A lease is named after the path that gave it. A glob may
 				// stand at the end alone, so that a lease ID is held to what

@@ -2,6 +2,7 @@ package vaultdev
 
 import (
 	"context"
+	"crypto/rand"
 	"crypto/tls"
 	"encoding/json"
 	"errors"
@@ -119,18 +120,37 @@ func (p preparer) secret(ctx context.Context) error {
 	if err := p.mount(ctx, "secret", &api.MountInput{Type: "kv", Options: map[string]string{"version": "2"}}); err != nil {
 		return err
 	}
-	if s, err := p.v.ReadWithContext(ctx, "secret/data/demo"); err == nil && s != nil {
-		return nil
+	if err := p.missing(ctx, "secret/data/demo", map[string]any{"greeting": "hello from Vault"}); err != nil {
+		return err
 	}
+	// What the demo's HTTP and MCP targets ask for. The gateway alone reads it.
+	for _, path := range []string{"secret/data/http-demo", "secret/data/mcp-demo"} {
+		if err := p.missing(ctx, path, map[string]any{"key": rand.Text()}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// missing writes a secret where there is none.
+func (p preparer) missing(ctx context.Context, path string, data map[string]any) error {
 	// A KV v2 mount upgrades itself for a moment after it is enabled and
 	// answers 400 until then.
 	var err error
 	for range 50 {
-		if err = p.write(ctx, "secret/data/demo", map[string]any{"data": map[string]any{"greeting": "hello from Vault"}}); err == nil {
+		var have *api.Secret
+		if have, err = p.v.ReadWithContext(ctx, path); err == nil && have != nil {
 			return nil
 		}
-		if !strings.Contains(err.Error(), "Upgrading") {
-			break
+		if err == nil {
+			// cas 0 writes only where there is nothing, so that two that prepare at
+			// once agree on one key.
+			err = p.write(ctx, path, map[string]any{"data": data, "options": map[string]any{"cas": 0}})
+		} else {
+			err = fmt.Errorf("reading %s: %w", path, err)
+		}
+		if err == nil || !strings.Contains(err.Error(), "Upgrading") {
+			return err
 		}
 		select {
 		case <-ctx.Done():

@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -98,13 +99,24 @@ func TestAVaultIsPreparedTwiceWithoutHarmAndEndsWithItsContext(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	var tokens []string
+	var tokens, keys []string
 	for range 2 {
 		p, err := Prepare(ctx, c, Options{Scopes: set})
 		if err != nil {
 			t.Fatal(err)
 		}
 		tokens = append(tokens, p.BrokerToken)
+		for _, path := range []string{"http-demo", "mcp-demo"} {
+			secret, err := c.KVv2("secret").Get(ctx, path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			key, _ := secret.Data["key"].(string)
+			keys = append(keys, key)
+		}
+	}
+	if len(keys[0]) < 26 || keys[0] == keys[1] || !slices.Equal(keys[:2], keys[2:]) {
+		t.Errorf("the keys of the demo's targets are %q", keys) // of this Vault alone, which ends here
 	}
 	if tokens[0] == "" || tokens[0] == tokens[1] {
 		t.Error("no token of its own for each")

@@ -46,6 +46,30 @@ path "ssh/sign/deploy" {
 }
 EOF
 
+vault policy write countersign-http-demo - <<'EOF'
+# What a step granted http:demo may do.
+
+path "secret/data/http-demo" {
+  capabilities = ["read"]
+}
+EOF
+
+vault policy write countersign-mcp-demo - <<'EOF'
+# What a step granted mcp:demo may do.
+
+path "secret/data/mcp-demo" {
+  capabilities = ["read"]
+}
+EOF
+
+vault policy write countersign-mcp-demo-refund - <<'EOF'
+# What a step granted mcp:demo-refund may do.
+
+path "secret/data/mcp-demo" {
+  capabilities = ["read"]
+}
+EOF
+
 vault policy write countersign-orders-db-read - <<'EOF'
 # What a step granted orders-db:read may do.
 
@@ -83,6 +107,18 @@ path "auth/token/create/countersign-pki-service" {
 }
 
 path "auth/token/create/countersign-ssh-deploy" {
+  capabilities = ["update"]
+}
+
+path "auth/token/create/countersign-http-demo" {
+  capabilities = ["update"]
+}
+
+path "auth/token/create/countersign-mcp-demo" {
+  capabilities = ["update"]
+}
+
+path "auth/token/create/countersign-mcp-demo-refund" {
   capabilities = ["update"]
 }
 
@@ -163,6 +199,30 @@ vault write auth/token/roles/countersign-ssh-deploy \
     orphan=true \
     renewable=true \
     token_explicit_max_ttl=1860s \
+    token_no_default_policy=true \
+    token_type=service
+
+vault write auth/token/roles/countersign-http-demo \
+    allowed_policies=countersign-http-demo \
+    orphan=true \
+    renewable=true \
+    token_explicit_max_ttl=960s \
+    token_no_default_policy=true \
+    token_type=service
+
+vault write auth/token/roles/countersign-mcp-demo \
+    allowed_policies=countersign-mcp-demo \
+    orphan=true \
+    renewable=true \
+    token_explicit_max_ttl=960s \
+    token_no_default_policy=true \
+    token_type=service
+
+vault write auth/token/roles/countersign-mcp-demo-refund \
+    allowed_policies=countersign-mcp-demo-refund \
+    orphan=true \
+    renewable=true \
+    token_explicit_max_ttl=960s \
     token_no_default_policy=true \
     token_type=service
 
