@@ -32,9 +32,9 @@ var (
 	secretField = regexp.MustCompile(`\{\{([^{}]*)\}\}`)
 	tableName   = regexp.MustCompile(`\A(\*|[\pL_][\pL\pN_$]{0,62}(\.(\*|[\pL_][\pL\pN_$]{0,62}))?)\z`)
 	columnName  = regexp.MustCompile(`\A([\pL_][\pL\pN_$]{0,62}\.){1,2}[\pL_][\pL\pN_$]{0,62}\z`)
-	typeName    = regexp.MustCompile(`\A[a-z_][a-z0-9_]{0,62}\z`)
+	typeName    = regexp.MustCompile(`\A[a-z_][a-z0-9_]{0,62}( [a-z]{1,16}){0,4}\z`)
 	toolName    = regexp.MustCompile(`\A[A-Za-z0-9._*/:-]{1,128}\z`)
-	jsonPath    = regexp.MustCompile(`\A\$(\.[A-Za-z0-9_-]{1,64}|\[\*\])+\z`)
+	jsonSegment = regexp.MustCompile(`\A(\.\.?([A-Za-z_][A-Za-z0-9_]*|\*)|(\.\.)?\[(\*|0|[1-9][0-9]{0,8}|'[^'\\]{1,64}')\])`) // of a JSONPath (RFC 9535), as far as the gateway follows one
 )
 
 // accessKeys are the keys of access beside protocol, each with the protocols
@@ -509,6 +509,22 @@ func (r *reader) masking(sc *Scope, f fields) {
 	}
 }
 
+// maxSegments bounds a JSONPath.
+const maxSegments = 32
+
+// jsonPath reports whether s is a JSONPath that masking can follow.
+func jsonPath(s string) bool {
+	rest, ok := strings.CutPrefix(s, "$")
+	for range maxSegments {
+		if !ok || rest == "" {
+			break
+		}
+		segment := jsonSegment.FindString(rest)
+		rest, ok = rest[len(segment):], segment != ""
+	}
+	return ok && rest == "" && s != "$"
+}
+
 // detectors are what is found by how it looks.
 var detectors = []string{"email", "card", "iban", "phone", "secret", "entropy"}
 
@@ -550,7 +566,7 @@ func (r *reader) maskRule(n ast.Node) (kind string, rule store.MaskRule) {
 		good, fix := false, ""
 		switch key {
 		case "path":
-			rule.Path, good, fix = s, jsonPath.MatchString(s), `write it like "$.customers[*].email": .name for a member, [*] for each item of a list`
+			rule.Path, good, fix = s, jsonPath(s), `write JSONPath with names, * and places in lists, like "$.customers[*].email" or "$..email"`
 		case "column":
 			rule.Column, good, fix = s, columnName.MatchString(s), "write orders.email (of the schema public) or sales.orders.email"
 		case "type":

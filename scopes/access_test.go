@@ -43,6 +43,7 @@ const reached = `
       - email
       - {field: phone}
       - {path: "$.customers[*].address"}
+      - {path: "$..lines[0]['unit price'].*"}
       - {detector: card}
   - name: api:live
     target: https://live.example.com
@@ -74,7 +75,7 @@ const reached = `
       tables: [orders, "sales.*", Übersicht]
       functions: [sales.total]
       everywhere: true
-    masking: [email, {column: orders.email}, {column: sales.orders.phone}, {type: jsonb}, {detector: iban}]
+    masking: [email, {column: orders.email}, {column: sales.orders.phone}, {type: double precision}, {detector: iban}]
   - name: db:plain
     target: postgres://plain
     sensitivity: low
@@ -127,7 +128,7 @@ func TestAnAccessIsReadWholeIntoTheGrant(t *testing.T) {
 				},
 				RequestHeaders: []string{"Accept", "X-Trace"}, ResponseHeaders: []string{"Content-Type"}, Sample: 2048, Timeout: store.Duration(90 * time.Second),
 			},
-			Masking: store.Masking{Rules: []store.MaskRule{{Field: "email"}, {Field: "phone"}, {Path: "$.customers[*].address"}, {Detector: "card"}}},
+			Masking: store.Masking{Rules: []store.MaskRule{{Field: "email"}, {Field: "phone"}, {Path: "$.customers[*].address"}, {Path: "$..lines[0]['unit price'].*"}, {Detector: "card"}}},
 		},
 		"api:live": {
 			Protocol: "http", Upstream: "https://live.example.com", Inject: &store.Inject{In: "sigv4", Region: "eu-central-1", Service: "execute-api"},
@@ -136,7 +137,7 @@ func TestAnAccessIsReadWholeIntoTheGrant(t *testing.T) {
 		"db:sales": {
 			Protocol: "postgres", Upstream: "[2001:db8::1]:5432/sales", TLS: "off",
 			Postgres: &store.PostgresAccess{Statements: []string{"select", "update", "copy"}, Tables: []string{"orders", "sales.*", "Übersicht"}, Functions: []string{"sales.total"}, Everywhere: true},
-			Masking:  store.Masking{Rules: []store.MaskRule{{Field: "email"}, {Column: "orders.email"}, {Column: "sales.orders.phone"}, {Type: "jsonb"}, {Detector: "iban"}}},
+			Masking:  store.Masking{Rules: []store.MaskRule{{Field: "email"}, {Column: "orders.email"}, {Column: "sales.orders.phone"}, {Type: "double precision"}, {Detector: "iban"}}},
 		},
 		"db:plain": {
 			Protocol: "postgres", Upstream: "db.internal:6432/plain", TLS: "verify",

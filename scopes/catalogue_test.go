@@ -170,15 +170,17 @@ func TestEveryMistakeOfACatalogueIsToldWithItsPlaceAndItsRemedy(t *testing.T) {
       - {}
       - {member: a}
       - {path: "$"}
-      - {path: "$..a"}
-      - {path: "$.a[0]"}
+      - {path: "$.a[-1]"}
+      - {path: "$.a[?@.b]"}
+      - {path: "$.a-b"}
+      - {path: "$.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a.a"}
       - {path: "customers[*].email"}
       - {detector: passport}
       - {column: orders.email}
       - {type: text}
       - 7
 `},
-		{"masks that a database cannot keep", db("tables: [orders]") + "    masking: [{path: $.a}, {column: email}, {column: a.b.c.d}, {type: \"DOUBLE PRECISION\"}]\n"},
+		{"masks that a database cannot keep", db("tables: [orders]") + "    masking: [{path: $.a}, {column: email}, {column: a.b.c.d}, {type: \"Double Precision\"}]\n"},
 		{"an approval rule without groups", token + "    approval: {expires: 1h}\n"},
 		{"an approval rule with everything wrong", token + `    approval:
       groups: [{group: "d b a", count: 0}, {group: sre}, {group: sre}, {count: 1}]
