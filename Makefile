@@ -49,6 +49,7 @@ test-slow: check servers vault
 	done
 
 ## bench: what docs/benchmarks.md reports, measured side by side in one run
+bench: ALSO = pgbouncer
 bench: servers vault build
 	$(GO) build -C cmd/bench -o ../../bin/bench .
 	$(GO) run ./cmd/demo -postgres sh -c 'exec bin/bench -postgres "$$POSTGRES_DSN"'
@@ -80,6 +81,7 @@ servers:
 	command -v redis-server >/dev/null || missing="$$missing redis-server"; \
 	command -v initdb >/dev/null || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || missing="$$missing postgresql"; \
 	command -v psql >/dev/null || missing="$$missing postgresql-client"; \
+	for also in $(ALSO); do command -v $$also >/dev/null || missing="$$missing $$also"; done; \
 	command -v cc >/dev/null || command -v gcc >/dev/null || missing="$$missing gcc libc6-dev"; \
 	[ -n "$$missing" ] || exit 0; \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \

@@ -138,7 +138,7 @@ func (d *dev) inbox(ctx context.Context, t *table) error {
 	t.floor("inbox page p50, 10,000 pending", "at most 100 ms", ms(f.p50)+" ms", f.p50 <= 100*time.Millisecond)
 
 	// The broker as a process of its own: dev is a recorder and a provider too.
-	p, broker, err := d.startPair(ctx)
+	p, broker, err := d.startPair(ctx, d.catalogue)
 	if err != nil {
 		return err
 	}

@@ -1,6 +1,6 @@
 // Command bench measures Countersign beside what it stands on, in one run on
 // one machine: the ledger beside Tessera and the disk, issuance beside Vault's
-// own calls. It prints the table of docs/benchmarks.md. It is a module of its
+// own calls, the gateway beside pgbouncer. It prints the table of docs/benchmarks.md. It is a module of its
 // own, so that Tessera does not become a dependency of the product.
 package main
 
@@ -18,7 +18,7 @@ func main() {
 	binary := flag.String("countersign", "bin/countersign", "the program to measure")
 	postgres := flag.String("postgres", "", "DSN of a PostgreSQL whose role may create roles; without it the database rows are left out")
 	each := flag.Duration("each", 5*time.Second, "how long each figure is measured")
-	only := flag.String("only", "", "measure only groups whose name contains this: disk, ledger, postgres-ledger, million, identity, token, database, approval")
+	only := flag.String("only", "", "measure only groups whose name contains this: disk, ledger, postgres-ledger, million, identity, token, database, approval, gateway")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer stop()
@@ -49,7 +49,7 @@ func run(ctx context.Context, binary, postgres string, each time.Duration, only 
 			}
 		}
 	}
-	if wants("identity") || wants("token") || wants("database") || wants("approval") {
+	if wants("identity") || wants("token") || wants("database") || wants("approval") || wants("gateway") {
 		d, err := startDev(ctx, binary, postgres)
 		if err != nil {
 			return err
@@ -63,6 +63,7 @@ func run(ctx context.Context, binary, postgres string, each time.Duration, only 
 			{"token", d.token},
 			{"database", d.database},
 			{"approval", d.approval},
+			{"gateway", func(ctx context.Context, t *table) error { return d.gateway(ctx, t, postgres) }},
 		} {
 			if wants(g.name) {
 				if err := g.run(ctx, t); err != nil {

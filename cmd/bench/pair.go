@@ -14,9 +14,10 @@ import (
 	"time"
 )
 
-// startPair starts recorder and broker as two processes over d's Vault and
+// startPair starts recorder and broker as two processes over d's Vault and a
 // catalogue, and returns what asks that broker, and the broker's process.
-func (d *dev) startPair(ctx context.Context) (_ *dev, broker *os.Process, err error) {
+// catalogue is given the directory of the pair.
+func (d *dev) startPair(ctx context.Context, catalogue func(dir string) (string, error)) (_ *dev, broker *os.Process, err error) {
 	dir, _, err := scratch()
 	if err != nil {
 		return nil, nil, err
@@ -59,7 +60,10 @@ func (d *dev) startPair(ctx context.Context) (_ *dev, broker *os.Process, err er
 	d.Vault.Token = root
 	recorder, serve := freeAddr(), freeAddr()
 	p.Recorder, p.API = "http://"+recorder, "http://"+serve
-	catalogue := filepath.Join(d.dir, "dev", "catalogue.yaml")
+	scopes, err := catalogue(dir)
+	if err != nil {
+		return nil, nil, err
+	}
 	write("record.yaml", fmt.Sprintf(`
 listen: {addr: %q}
 dir: %q
@@ -70,7 +74,7 @@ approval:
   base_url: "http://localhost:1"
   catalogue: %q
   oidc: {issuer: "http://localhost:1", client_id: bench}
-`, recorder, file("ledger"), file("log.key"), file("privacy.key"), file("writers"), catalogue))
+`, recorder, file("ledger"), file("log.key"), file("privacy.key"), file("writers"), scopes))
 	write("serve.yaml", fmt.Sprintf(`
 listen: {addr: %q}
 public_url: %q
@@ -82,7 +86,7 @@ recorder: {url: %q, writer: broker-1, token_file: %q, log_key: %q, head_file: %q
 vault: {addr: %q, token_file: %q}
 redis: {embedded: true}
 orchestrators: {tokens: %q}
-`, serve, p.API, file("identity.key"), file("privacy.key"), catalogue, p.Recorder, file("writer"), logKey, file("head"), d.Vault.Addr, file("vault"), file("callers")))
+`, serve, p.API, file("identity.key"), file("privacy.key"), scopes, p.Recorder, file("writer"), logKey, file("head"), d.Vault.Addr, file("vault"), file("callers")))
 	if err != nil {
 		return nil, nil, err
 	}

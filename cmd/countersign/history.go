@@ -42,8 +42,10 @@ func historyCommand() *cobra.Command {
 		Short: "Show what is on record, as a reviewer",
 		Long: `Show what is on record, oldest first. The recorder is named by
 COUNTERSIGN_RECORDER, the reviewer's token by COUNTERSIGN_TOKEN. What it shows
-is what the recorder says; ` + "`countersign verify`" + ` says whether to believe it.`,
-		Example: "  countersign history --run run-42\n  countersign history --type access.refused --from 2026-01-31T00:00:00Z -o json",
+is what the recorder says; ` + "`countersign verify`" + ` says whether to believe it.
+With -o story, of one step: what it asked for, was given and did with it, and
+whether that is what its orchestrator says.`,
+		Example: "  countersign history --run run-42\n  countersign history --type access.refused --from 2026-01-31T00:00:00Z -o json\n  countersign history --run run-42 --step investigate -o story",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			q := url.Values{}
@@ -61,6 +63,8 @@ is what the recorder says; ` + "`countersign verify`" + ` says whether to believ
 				return h.json(cmd.Context(), cmd.OutOrStdout())
 			case "csv":
 				return h.csv(cmd.Context(), cmd.OutOrStdout())
+			case "story":
+				return h.story(cmd.Context(), cmd.OutOrStdout())
 			}
 			return h.table(cmd.Context(), cmd.OutOrStdout())
 		},
@@ -71,7 +75,7 @@ is what the recorder says; ` + "`countersign verify`" + ` says whether to believ
 	cmd.Flags().IntVar(&limit, "limit", 0, "at most so many entries; 0 for all")
 	cmd.Flags().StringVar(&recorder, "recorder", "", "the recorder's URL ($COUNTERSIGN_RECORDER)")
 	cmd.Flags().StringVar(&token, "token", "", "a reviewer's token ($COUNTERSIGN_TOKEN)")
-	outputFlag(cmd, &output, "table", "table", "json", "csv")
+	outputFlag(cmd, &output, "table", "table", "json", "csv", "story")
 	return cmd
 }
 

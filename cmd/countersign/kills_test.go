@@ -3,4 +3,4 @@
 package main
 
 // killsInTests is how many times the crash test kills a process.
-const killsInTests = 20
+const killsInTests = 8

@@ -265,6 +265,7 @@ type issued struct {
 		Host      string `json:"host"`
 		Port      int    `json:"port"`
 		Database  string `json:"database"`
+		Address   string `json:"address"`
 	} `json:"credential"`
 	ExpiresIn int `json:"expires_in"`
 	Ledger    struct {
