@@ -13,6 +13,7 @@ import (
 
 	"go.uber.org/zap"
 
+	"github.com/countersign-dev/countersign/broker/gateway"
 	"github.com/countersign-dev/countersign/issuer"
 	"github.com/countersign-dev/countersign/scopes"
 	"github.com/countersign-dev/countersign/store"
@@ -69,8 +70,12 @@ type Config struct {
 	Scopes      Catalogue
 	Inflight    *inflight.Store
 	Identity    Identity // checks step identity tokens; nil: none is introspected
-	PeopleURL   string   // base of the recorder's pages, where requests are approved
-	PrivacyKey  store.PrivacyKey
+	// Gateway is the access path in this process, nil where there is none. The
+	// broker opens and ends its sessions; whoever made it closes it, after the
+	// broker.
+	Gateway    *gateway.Gateway
+	PeopleURL  string // base of the recorder's pages, where requests are approved
+	PrivacyKey store.PrivacyKey
 
 	Grace       time.Duration    // when another writer's intent without an outcome is given up; 60 s by default
 	MintTimeout time.Duration    // bounds one mint with its appends; 20 s by default

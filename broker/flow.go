@@ -26,6 +26,8 @@ const (
 	CauseRetry       = "retry"
 	CauseUndelivered = "not delivered" // it was issued, and nobody was given it
 	CauseAbandoned   = "no outcome"    // of an intent
+	CauseLost        = "session lost"  // the broker that held its session at the gateway started again
+	CauseCall        = "call finished" // it was for one call through the gateway, which is over
 )
 
 // otherBroker is how long after a credential was issued by another broker a
@@ -54,6 +56,12 @@ func (b *Broker) Request(ctx context.Context, c Caller, ask Ask) (*Reply, error)
 	p, err := b.plan(ctx, c, ask)
 	if ctx.Err() != nil {
 		return nil, ctx.Err()
+	}
+	if err == nil {
+		// What another broker's gateway can reach stays as it was decided.
+		if err := b.reaches(p.verdict.Grant); err != nil {
+			return nil, err
+		}
 	}
 	if err == nil && p.verdict.Err != nil {
 		if t, waits := b.index.joined(p.join); waits && t.body == p.body {
@@ -266,8 +274,20 @@ func (b *Broker) mint(caller, ctx context.Context, p *plan, m mint) (reply *Repl
 	if err := caller.Err(); err != nil {
 		b.index.condemn(request, CauseUndelivered)
 	}
+	given := minted.Credential
+	if p.verdict.Grant.Delivery == scopes.Gateway {
+		// A crash from here on takes the session with it; the credential is revoked
+		// when this broker is back.
+		if given, err = b.session(p, m, minted); err != nil {
+			b.undelivered(request, m.intent)
+			return nil, err
+		}
+	}
 	if t, ok := b.index.get(request); !ok || !t.live || t.intent != m.intent || t.condemned != "" {
 		// The caller is gone, or the step was ended while this was under way.
+		if b.Gateway != nil {
+			b.Gateway.End(m.intent)
+		}
 		b.undelivered(request, m.intent)
 		if err := caller.Err(); err != nil {
 			return nil, err
@@ -278,7 +298,7 @@ func (b *Broker) mint(caller, ctx context.Context, p *plan, m mint) (reply *Repl
 	hash := store.LeafHash(app.Entries[0].Leaf)
 	reply = &Reply{
 		Request: request, Step: m.story.Step, Run: m.story.Run, Identity: m.story.Agent, Scope: m.story.Action, Target: m.story.Resource,
-		Credential: minted.Credential, IssuedAt: s.Time.Time, Expires: minted.Issued.Expires.Time,
+		Credential: given, IssuedAt: s.Time.Time, Expires: minted.Issued.Expires.Time,
 		Index: app.Entries[0].Index, LeafHash: base64.StdEncoding.EncodeToString(hash[:]), Approved: m.approved.said(),
 		Answered: func() { b.calls.answered(request, b.Now()) },
 	}
@@ -449,7 +469,7 @@ func (b *Broker) retry(ctx context.Context, p *plan, r *store.Request) (*Reply, 
 	if r.Pending != nil && !r.Pending.Expires.After(b.Now()) {
 		return nil, ErrClosed // too late for what people approved to be collected again
 	}
-	if !ok || t.attempt != 1 || t.minting || cause != CauseUndelivered && (!t.live || cause != "") {
+	if !ok || t.attempt != 1 || t.minting || cause != CauseUndelivered && cause != CauseLost && (!t.live || cause != "") {
 		return nil, ErrClosed // ended on purpose, or another call was quicker
 	}
 	request, rests := b.rests(app, entries, r.ID, p.verdict.Grant.Scope)
@@ -461,6 +481,9 @@ func (b *Broker) retry(ctx context.Context, p *plan, r *store.Request) (*Reply, 
 		// A crash after Revoke leaves a credential that is dead in Vault and live
 		// on record: another retry, or the keeper when it is due, revokes it
 		// again, which Vault takes as done, and closes it.
+		if b.Gateway != nil {
+			b.Gateway.End(t.intent)
+		}
 		if err := b.Issuer.Revoke(ctx, t.issued); err != nil {
 			return nil, vaultError(err)
 		}

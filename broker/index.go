@@ -74,13 +74,18 @@ type index struct {
 	synced    bool
 	following bool
 	ready     chan struct{} // closed once synced
+
+	// ended is told of each intent whose credential is no more, or is to end; it
+	// is called with mu held, may be called again, and must not call the index.
+	ended func(intent string)
 }
 
 type stepKey struct{ orchestrator, run, step string }
 
 func newIndex() *index {
 	return &index{requests: map[string]*tracked{}, steps: map[stepKey]map[string]bool{},
-		serials: map[string]string{}, joins: map[string]string{}, standing: map[string]bool{}, own: map[int64]bool{}, waiting: map[string]map[*waiter]bool{}, cursor: -1, ready: make(chan struct{})}
+		serials: map[string]string{}, joins: map[string]string{}, standing: map[string]bool{}, own: map[int64]bool{}, waiting: map[string]map[*waiter]bool{}, cursor: -1, ready: make(chan struct{}),
+		ended: func(string) {}}
 }
 
 // apply takes entries into the index, in the order of the log. Entries that
@@ -152,6 +157,7 @@ func (x *index) one(e *store.Entry, at int64) {
 	switch e.Type {
 	case store.CredentialIssuing:
 		if d, err := store.DetailsAs[store.IssuingDetails](e); err == nil {
+			x.ended(t.intent)
 			t.intent, t.attempt, t.minting, t.live, t.writer, t.intentAt, t.gone = e.ID, d.Attempt, true, false, e.Writer, e.Time.Time, false
 			t.forget, t.condemned, t.place = time.Time{}, "", at
 			// What follows repeats the decision that let it be minted.
@@ -175,6 +181,7 @@ func (x *index) one(e *store.Entry, at int64) {
 	case store.CredentialFailed, store.CredentialAbandoned:
 		x.failed(t, e.Time.Time)
 	case store.CredentialRevoked, store.CredentialExpired:
+		x.ended(t.intent)
 		t.live, t.status, t.condemned = false, store.StatusClosed, ""
 		if e.Cause != nil {
 			t.cause = *e.Cause
@@ -365,6 +372,7 @@ func (x *index) merge(open []placed, size int64, now time.Time) (ended []string)
 			continue
 		}
 		if !named[id] && t.last < size && !t.gone && (t.minting || t.live || t.status == store.StatusApproved) {
+			x.ended(t.intent)
 			t.minting, t.live, t.gone, t.status = false, false, true, store.StatusClosed
 			delete(x.serials, t.issued.Serial)
 			x.close(t, now)
@@ -423,6 +431,7 @@ func (x *index) vanish(id string, now time.Time) {
 		if t.waits() && !t.minting {
 			status = store.StatusWithdrawn // all else would be remembered
 		}
+		x.ended(t.intent)
 		t.minting, t.live, t.gone, t.status = false, false, true, status
 		delete(x.serials, t.issued.Serial)
 		x.close(t, now)
@@ -491,12 +500,14 @@ func (x *index) get(id string) (tracked, bool) {
 }
 
 // condemn marks a credential, live or being minted, that is to end before its
-// time: it is not handed over any more, and the keeper goes on trying.
+// time: it is not handed over any more, its session at the gateway is cut, and
+// the keeper goes on trying.
 func (x *index) condemn(id, cause string) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	if t := x.requests[id]; t != nil && (t.live || t.minting) && t.condemned == "" {
 		t.condemned = cause
+		x.ended(t.intent)
 	}
 }
 

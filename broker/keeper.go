@@ -51,6 +51,10 @@ func New(cfg Config) (*Broker, error) {
 	}
 	b := &Broker{Config: cfg, index: newIndex(), calls: newCalls(), draining: make(chan struct{}), tries: map[string]try{}}
 	b.ctx, b.cancel = context.WithCancel(context.Background())
+	if cfg.Gateway != nil {
+		b.index.ended = cfg.Gateway.End
+		cfg.Gateway.OnAsk(b.askFor)
+	}
 	b.loops.Go(b.follow)
 	b.loops.Go(b.keep)
 	return b, nil
@@ -294,6 +298,8 @@ func (b *Broker) due(now time.Time) map[string]func(context.Context) error {
 		case t.live && !now.Before(t.issued.Expires.Time):
 			late := now.Sub(t.issued.Expires.Time) > overdue
 			jobs[id] = func(ctx context.Context) error { return b.expire(ctx, id, late) }
+		case t.live && b.lost(t, now):
+			jobs[id] = func(ctx context.Context) error { return b.end(ctx, id, store.CredentialRevoked, CauseLost) }
 		case t.minting && !b.calls.workingOn(t.intent) && (t.writer == b.Writer || now.Sub(t.intentAt) > b.Grace):
 			jobs[id] = func(ctx context.Context) error { return b.abandon(ctx, id) }
 		}
@@ -324,6 +330,9 @@ func (b *Broker) end(ctx context.Context, id string, as store.Type, cause string
 	t, ok := b.index.get(id)
 	if !ok || !t.live {
 		return nil
+	}
+	if b.Gateway != nil {
+		b.Gateway.End(t.intent) // before Vault is told: what is open is cut at once
 	}
 	// A crash after Revoke leaves a credential that is dead in Vault and live on
 	// record. Whoever looks next revokes it again, which Vault takes as done,
@@ -417,6 +426,12 @@ func (b *Broker) RevokeStep(ctx context.Context, c Caller, step, run string) (Re
 }
 
 func (b *Broker) revokeStep(ctx context.Context, k stepKey, cause string) (Revoked, error) {
+	// Connections are cut first, whatever the recorder and Vault do.
+	for _, id := range b.index.step(k) {
+		if t, ok := b.index.get(id); ok && t.live && t.issued.Kind == string(issuer.KindGateway) {
+			b.index.condemn(id, cause)
+		}
+	}
 	// What another broker issued a moment ago may not be in the index yet.
 	others, err := b.Inflight.Step(ctx, k.orchestrator, k.run, k.step)
 	if err != nil || b.index.stale() {

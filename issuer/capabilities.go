@@ -39,12 +39,12 @@ func capabilities(set *scopes.Set) []Missing {
 	}
 	children, leases := false, false
 	for _, s := range set.Scopes() {
-		if s.Engine == scopes.Identity || slices.Equal(s.Delivery, []string{scopes.Gateway}) {
+		if s.Engine == scopes.Identity {
 			continue // asks nothing of Vault here
 		}
 		needs = append(needs, Missing{s.Name, "auth/token/create/" + s.VaultName(), "update", "a step's token is made with it; " + planned})
 		children = true
-		leases = leases || s.Revocable && s.Engine != scopes.Token
+		leases = leases || s.Revocable && s.Engine != scopes.Token && s.Engine != scopes.KV
 	}
 	if children {
 		needs = append(needs,

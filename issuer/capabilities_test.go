@@ -39,7 +39,7 @@ func TestTheBrokerIsAskedForWhatThePlanGrantsAndNoMore(t *testing.T) {
 		children, leases bool
 	}{
 		"identities alone":     {only("identity:step"), false, false},
-		"the gateway's alone":  {only("http:demo"), false, false},
+		"the gateway's alone":  {only("http:demo"), true, false},
 		"tokens without lease": {only("vault:demo-read"), true, false},
 		"certificates":         {only("pki:service", "ssh:deploy"), true, false},
 		"database roles":       {only("orders-db:read", "identity:step"), true, true},

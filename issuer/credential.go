@@ -22,6 +22,7 @@ const (
 	KindSSH        Kind = "ssh"         // signed_key, serial
 	KindPath       Kind = "path"        // data
 	KindWrapped    Kind = "wrapped"     // wrapping_token, addr
+	KindGateway    Kind = "gateway"     // protocol, address, token, and for PostgreSQL username and database; the secret is kept from the step
 )
 
 // Credential is what a step is given, as the member "credential" of the
@@ -33,6 +34,9 @@ type Credential struct {
 
 	Token string `json:"token,omitzero"`
 	Addr  string `json:"addr,omitzero"`
+
+	Protocol string `json:"protocol,omitzero"` // of the access path: http, postgres or mcp
+	Address  string `json:"address,omitzero"`  // of the access path: host:port for postgres, else a URL
 
 	Username string `json:"username,omitzero"`
 	Password string `json:"password,omitzero"`

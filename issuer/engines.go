@@ -27,6 +27,7 @@ func (f fetched) minted() (*Minted, error) { return &Minted{f.credential, f.Issu
 
 // fetch gets the secret of j with the child's token.
 func (i *Issuer) fetch(ctx context.Context, j *job, c *child) (fetched, error) {
+	kept := j.Grant.Delivery == scopes.Gateway
 	f := fetched{IssuedDetails: j.issued(Kind(j.scope.Engine), j.Grant.Revocable)}
 	body := map[string]any{}
 	for k, v := range j.Grant.Data {
@@ -75,8 +76,16 @@ func (i *Issuer) fetch(ctx context.Context, j *job, c *child) (fetched, error) {
 		if end := j.now.Add(time.Duration(s.LeaseDuration) * time.Second); s.LeaseDuration > 0 && end.Before(f.Expires.Time) {
 			f.Expires = store.At(end)
 		}
-	} else if err := i.dropChild(ctx, c); err != nil {
-		return f, err
+	}
+	switch {
+	case kept:
+		// The child is kept also where nothing hangs on it: its accessor is what is
+		// revoked, and what Vault knows the session by.
+		f.Kind, f.Revocable, f.Accessor = string(KindGateway), true, c.accessor
+	case f.LeaseID == "":
+		if err := i.dropChild(ctx, c); err != nil {
+			return f, err
+		}
 	}
 	f.credential.Kind, f.credential.Revocable = Kind(f.Kind), f.Revocable
 	return f, nil
@@ -132,7 +141,7 @@ func (i *Issuer) read(j *job, f *fetched, s *api.Secret) error {
 	case scopes.SSH:
 		f.Revocable = false
 		return readSSH(j, f, s, get)
-	case scopes.Path:
+	case scopes.Path, scopes.KV:
 		data, err := json.Marshal(s.Data)
 		if err != nil || len(s.Data) == 0 {
 			return fmt.Errorf("%s gave no data", j.Grant.Path)

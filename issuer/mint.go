@@ -98,7 +98,7 @@ func (i *Issuer) warranted(w store.Warrant) (*job, error) {
 		return refuse(stageGrant, "%s needs more approval in the issuer's catalogue than was given", scope.Name)
 	case v.Issuing.Approval != "" && v.Issuing.Approval != v.Intent.Request && !stands(w.Approval, scope.Approval):
 		return refuse(stageGrant, "%s may not be approved for a whole run as it was, in the issuer's catalogue", scope.Name)
-	case v.Grant.Delivery != scopes.Direct && v.Grant.Delivery != scopes.Wrapped:
+	case v.Grant.Delivery != scopes.Direct && v.Grant.Delivery != scopes.Wrapped && v.Grant.Delivery != scopes.Gateway:
 		return refuse(stageGrant, "delivery %q is not minted", v.Grant.Delivery)
 	}
 	for _, id := range []string{v.Intent.Orchestrator, v.Intent.Run, v.Intent.Step, v.Intent.Request} {
@@ -112,6 +112,8 @@ func (i *Issuer) warranted(w store.Warrant) (*job, error) {
 		return refuse(stageGrant, "the issuer's catalogue does not give this grant: %w", err)
 	case own.Digest() != v.Grant.Digest():
 		return refuse(stageGrant, "the issuer's catalogue gives another grant for %s than the one on record", scope.Name)
+	case (own.Access == nil) == (own.Delivery == scopes.Gateway):
+		return refuse(stageGrant, "what the access path lets through stands in a grant for it, and in no other")
 	case own.Path != "" && path.Clean("/"+own.Path) != "/"+own.Path:
 		return refuse(stageGrant, "Vault path %q is not in its shortest form", own.Path)
 	// The broker's clock set NotPast and the recorder's the time. What they may

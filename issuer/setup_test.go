@@ -119,6 +119,8 @@ type benchOptions struct {
 	postgres  bool
 	catalogue string // instead of the demo's
 	change    func(*Config)
+
+	catalogueOf func(*scopes.Connection) string // likewise
 }
 
 func newBench(t testing.TB, o benchOptions) *bench {
@@ -134,6 +136,9 @@ func newBench(t testing.TB, o benchOptions) *bench {
 		conn = &scopes.Connection{Host: c.Host, Port: int(c.Port), Database: c.Database}
 	}
 	text := o.catalogue
+	if o.catalogueOf != nil {
+		text = o.catalogueOf(conn)
+	}
 	if text == "" {
 		text = withoutApprovals(string(scopes.Demo(conn)))
 	}

@@ -3,9 +3,11 @@ package steps
 import (
 	"errors"
 	"strings"
+	"time"
 
 	"github.com/countersign-dev/countersign/api/problem"
 	"github.com/countersign-dev/countersign/broker"
+	"github.com/countersign-dev/countersign/broker/gateway"
 	"github.com/countersign-dev/countersign/issuer"
 	"github.com/countersign-dev/countersign/scopes"
 	"github.com/countersign-dev/countersign/store"
@@ -62,6 +64,9 @@ func toProblem(err error) error {
 		{scopes.ErrParams, func(err error) *problem.Problem { return problem.ParamsInvalid(err.Error()) }},
 		{scopes.ErrPublicKey, func(err error) *problem.Problem { return problem.ParamsInvalid(err.Error()) }},
 		{scopes.ErrDelivery, func(err error) *problem.Problem { return problem.DeliveryUnsupported(err.Error()) }},
+		{gateway.ErrFull, func(error) *problem.Problem {
+			return problem.RateLimited("the gateway holds as many sessions as it may; end steps that are over", 5*time.Second)
+		}},
 		{scopes.ErrReasonRequired, func(err error) *problem.Problem { return problem.ReasonRequired(err.Error()) }},
 		{issuer.ErrVaultUnavailable, func(error) *problem.Problem { return problem.VaultUnavailable() }},
 		{issuer.ErrVaultRefused, func(error) *problem.Problem { return problem.VaultUnavailable() }},
