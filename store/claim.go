@@ -18,8 +18,12 @@ const (
 	NotObserved Verdict = "not observed" // nobody but the orchestrator could see it, or did
 )
 
-// maxPlaces bounds the targets that an Account keeps apart.
-const maxPlaces = 64
+// What an Account keeps at most: targets that it keeps apart, and bytes of a name,
+// so that what is compared is a name's beginning.
+const (
+	maxPlaces = 64
+	maxName   = 256
+)
 
 // Account gathers what was claimed of one step and what was seen of it, from
 // its entries in the order of the log. The zero value is ready. It takes some
@@ -127,7 +131,7 @@ func (a *Account) Ended(e *Entry, outcomes []UseOutcome) {
 	for i := range outcomes {
 		a.ends++
 		p.ended++
-		p.last, p.err = a.ends, outcomes[i].Error
+		p.last, p.err = a.ends, name(outcomes[i].Error)
 		if p.err != "" {
 			p.failed++
 		}
@@ -144,9 +148,20 @@ func (a *Account) Refused(e *Entry, folded int) {
 
 // Claimed takes what the orchestrator says came of the step. The latest claim
 // is the one that counts.
-func (a *Account) Claimed(d FinishedDetails) { a.claimed, a.claim = true, d }
+func (a *Account) Claimed(d FinishedDetails) {
+	a.claimed, a.claim = true, FinishedDetails{Outcome: name(d.Outcome), Target: name(d.Target)}
+}
+
+// name is as much of s as is kept; it shares no memory with a longer s.
+func name(s string) string {
+	if len(s) <= maxName {
+		return s
+	}
+	return strings.ToValidUTF8(strings.Clone(s[:maxName]), "")
+}
 
 func (a *Account) at(target string) *place {
+	target = name(target)
 	for i := range a.places {
 		if a.places[i].target == target {
 			return &a.places[i]
@@ -156,11 +171,11 @@ func (a *Account) at(target string) *place {
 		a.more = true
 		return nil
 	}
-	a.places = append(a.places, place{target: strings.Clone(target)})
+	a.places = append(a.places, place{target: target})
 	return &a.places[len(a.places)-1]
 }
 
-// Claim returns the claim that is judged; false where nothing was claimed.
+// Claim returns the claim that is judged, cut where it is long; false where nothing was claimed.
 func (a *Account) Claim() (FinishedDetails, bool) { return a.claim, a.claimed }
 
 // Verdict compares the claim with what was observed, and says why in one
@@ -203,6 +218,8 @@ func (a *Account) Verdict() (Verdict, string) {
 	switch skipped := a.claim.Outcome == "skipped"; {
 	case a.claim.Target != "" && !skipped && !named && a.more:
 		return is(NotObserved, "the step reaches more targets than are kept apart")
+	case a.claim.Target != "" && !skipped && !named && a.claim.Outcome == "failed":
+		return is(Agree, "no credential of the step reaches that target")
 	case a.claim.Target != "" && !skipped && !named:
 		return is(Differ, "no credential of the step reaches that target")
 	case skipped && s.uses > 0:

@@ -87,6 +87,7 @@ func TestAClaimIsComparedWithWhatWasObserved(t *testing.T) {
 		{"gateway use ok failed", Differ, "Claimed failed, and 1 use was seen, the last of which succeeded."},
 		{"gateway use ok refused failed", Agree, "Claimed failed, and 1 use was seen; 1 attempt was refused."},
 		{"gateway use ok other:succeeded@", Differ, "Claimed succeeded at https://other, and no credential of the step reaches that target."},
+		{"gateway use ok other:failed@", Agree, "Claimed failed at https://other, and no credential of the step reaches that target."},
 		{"gateway use ok succeeded@ other:gateway other:use other:502", Agree, "Claimed succeeded at postgres://orders, and 1 use was seen, and all that ended succeeded."},
 		{"gateway use ok other:gateway other:use other:502 succeeded", Differ, "Claimed succeeded, and the last use failed (502), 1 of 2."},
 		{"gateway other:gateway other:use other:ok succeeded@", Differ, "Claimed succeeded at postgres://orders, and no use was seen, though the credential works on the access path alone."},

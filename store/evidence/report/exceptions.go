@@ -14,8 +14,10 @@ const (
 	shared
 	lateUse
 	unknownUse
+	differs
 	unobserved
 	denied
+	guarded
 	refused
 	alert
 	frozen
@@ -48,15 +50,21 @@ var exceptionWords = [kinds]struct{ slug, title, meaning, rest string }{
 	unknownUse: {"unknown-use", "Uses of a credential whose issuance is not at hand",
 		"A use was seen, and the credential's issuance is not among the entries of this export. It may lie before the window, have been left out by a filter, or lie some hundred thousand credentials back; otherwise it is to be explained.",
 		"uses.csv, column intent"},
+	differs: {"differs", "Claimed and observed differ",
+		"What the orchestrator reported of the step, and what was seen on the access path, by introspection and in Vault's audit log, contradict each other: a step reported as succeeded whose last use failed, one reported as skipped that was seen at work, a target that none of its credentials reaches. The step's entries tell which of the two is right.",
+		"steps.csv, rows where claim_verdict is differ"},
 	unobserved: {"unobserved", "Claimed but not observed",
-		"The orchestrator reported what came of the step, and no use of a credential by that step was seen. Uses are seen by introspection, on the access path and in Vault's audit log: a step that was handed its secret directly, to a target that does not ask back, is found here without anything being amiss. What such a step did is the orchestrator's word alone.",
-		"steps.csv, rows where claimed_outcome is set and uses is 0; entries.jsonl, type step.finished"},
+		"The orchestrator reported what came of the step, and nobody else could see it, or did. Uses are seen by introspection, on the access path and in Vault's audit log: a step that was handed its secret directly, to a target that does not ask back, is found here without anything being amiss. What such a step did is the orchestrator's word alone.",
+		"steps.csv, rows where claim_verdict is not observed; entries.jsonl, type step.finished"},
 	denied: {"denied", "Denied",
 		"Asked for, and refused by policy or by a person. Nothing was issued for these requests.",
 		"steps.csv, rows where status is denied"},
+	guarded: {"guarded", "Refused by a guard on the access path",
+		"A step asked its target for something that its grant does not let through, and the gateway refused it: the target was not reached. Like refusals within a short time are folded into one entry; the count has them all.",
+		"entries.jsonl, type access.refused with details.intent"},
 	refused: {"refused", "Refused access",
-		"Calls that were turned away: an unknown token, a role that may not do this, a person who may not decide. Like refusals within a short time are folded into one entry; the count has them all.",
-		"entries.jsonl, type access.refused"},
+		"Calls of the product's own interfaces that were turned away: an unknown token, a role that may not do this, a person who may not decide. Like refusals within a short time are folded into one entry; the count has them all.",
+		"entries.jsonl, type access.refused without details.intent"},
 	alert: {"alert", "Alerts",
 		"What the product itself raised as suspicious.",
 		"entries.jsonl, type alert.raised"},

@@ -21,10 +21,11 @@ func key(parts ...string) [16]byte {
 	return [16]byte(sum[:16])
 }
 
-// recent remembers the latest maxCached to 2*maxCached keys that were put. The
-// zero value is empty.
+// recent remembers the latest most to 2*most keys that were put, maxCached where
+// most is 0. The zero value is empty.
 type recent[V any] struct {
 	young, old map[[16]byte]V
+	most       int
 }
 
 func (r *recent[V]) get(k [16]byte) (V, bool) {
@@ -40,7 +41,7 @@ func (r *recent[V]) put(k [16]byte, v V) (lost []V) {
 	if r.young == nil {
 		r.young = map[[16]byte]V{}
 	}
-	if _, ok := r.young[k]; !ok && len(r.young) >= maxCached {
+	if _, ok := r.young[k]; !ok && len(r.young) >= cmp.Or(r.most, maxCached) {
 		for k, v := range r.old {
 			if _, newer := r.young[k]; !newer {
 				lost = append(lost, v)

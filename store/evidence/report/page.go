@@ -44,7 +44,14 @@ type view struct {
 	Reached       *tableView
 	Issued        *tableView
 	Uses          int64
+	Objects       *tableView
+	Masks         *tableView
+	Results       resultsView
 	Claims        []labelled
+	Claimed       int64 // steps of which something was claimed
+	Agree         int64
+	Differ        int64
+	NotObserved   int64
 	Approvals     *tableView
 	Rules         *tableView
 	Scopes        *tableView
@@ -69,6 +76,9 @@ type view struct {
 }
 
 type askTotals struct{ Requests, Allowed, Asked, Denied, Issued int64 }
+
+// resultsView adds up what came of uses on the access path.
+type resultsView struct{ Uses, Good, Failed, Open, Refused, Rows, Masked int64 }
 
 type decidedTotals struct{ Asked, Approved, Refused, Expired, Void, Withdrawn, Signed int64 }
 
@@ -329,7 +339,7 @@ func (r *Report) identitySection(v *view) {
 
 func (r *Report) reachedSection(v *view) {
 	t := &tableView{ID: "targets", Caption: "Targets, and what was issued and seen there", Narrow: true,
-		Head: []string{"Target", "Scope", "Credentials issued", "Uses observed", "Of these after the end", "Revoked", "Expired", "Entries"}}
+		Head: []string{"Target", "Scope", "Credentials issued", "Uses observed", "Failed", "Refused by guards", "After the end", "Revoked", "Expired", "Entries"}}
 	for i, k := range r.reached.sorted(func(s *reachSum) int64 { return s.issued + s.uses }, func(a, b reachKey) int {
 		return cmp.Or(cmp.Compare(a.target, b.target), cmp.Compare(a.scope, b.scope))
 	}) {
@@ -338,17 +348,20 @@ func (r *Report) reachedSection(v *view) {
 			break
 		}
 		s := r.reached.sums[k]
-		t.add("", cells(text(orDefault(k.target, "none named"))), cells(text(keep(k.scope).Text)), num(s.issued), num(s.uses), num(s.late), num(s.revoked), num(s.expired), entries(s.first, s.last))
+		t.add("", cells(text(orDefault(k.target, "none named"))), cells(text(keep(k.scope).Text)), num(s.issued), num(s.uses), num(s.failed), num(s.refused), num(s.late), num(s.revoked), num(s.expired), entries(s.first, s.last))
 	}
 	v.Reached = t
+	r.resultsSection(v)
 	claims := map[string]string{}
 	for c, n := range r.claims {
 		claims[c] = number(n)
 	}
 	v.Claims = sortedMap(claims)
+	v.Agree, v.Differ, v.NotObserved = r.verdicts[store.Agree], r.verdicts[store.Differ], r.verdicts[store.NotObserved]
+	v.Claimed = v.Agree + v.Differ + v.NotObserved
 
 	t = &tableView{ID: "credentials", Caption: "Every credential, its life and its uses",
-		Head: []string{"Entry", "Issued", "Step", "Scope, target, kind", "Life", "Observed", "Claimed"}}
+		Head: []string{"Entry", "Issued", "Step", "Scope, target, kind", "Life", "Observed", "Claimed, and whether it agrees"}}
 	for _, c := range r.credentials.rows {
 		kind := c.kind
 		if !c.revocable {
@@ -364,9 +377,15 @@ func (r *Report) reachedSection(v *view) {
 			if c.lastUse != c.firstUse {
 				seen.Parts = append(seen.Parts, ref(c.lastUse))
 			}
+			if w := c.results.words(); w != "" {
+				seen.Parts = append(seen.Parts, text(w))
+			}
 			if c.late > 0 {
 				seen.Parts = append(seen.Parts, tag(number(int64(c.late))+" after the end", "bad"))
 			}
+		}
+		if c.refused > 0 {
+			seen.Parts = append(seen.Parts, tag(count(c.refused, "attempt", "attempts")+" refused", "warn"))
 		}
 		claim := cells(quiet("nothing reported"))
 		if c.claim != "" {
@@ -374,11 +393,80 @@ func (r *Report) reachedSection(v *view) {
 			if c.summary != (said{}) {
 				claim.Parts = append(claim.Parts, quote("", c.summary))
 			}
+			if verdict, why := c.account.Verdict(); verdict != "" {
+				claim.Parts = append(claim.Parts, tag(string(verdict), map[store.Verdict]string{store.Agree: "good", store.Differ: "bad"}[verdict]), quiet(why))
+			}
 		}
 		t.add(fmt.Sprintf("credential-%d", c.index), cells(ref(c.index)), cells(when(c.time)...), cells(who(c.orchestrator, c.run, c.step)...),
 			cells(append(scopeAt(c.scope, c.target), quiet(kind))...), life, seen, claim)
 	}
 	v.Issued = t.first(r.credentials.n, "steps.csv, every use in uses.csv")
+}
+
+// words is what came of uses, in a line; empty where nothing is known.
+func (s *resultSum) words() string {
+	if s.uses == 0 {
+		return ""
+	}
+	parts := []string{number(s.ended-s.failed) + " succeeded"}
+	for _, x := range []struct {
+		n    int64
+		what string
+	}{{s.failed, "failed"}, {s.uses - s.ended, "without a result on record"}} {
+		if x.n > 0 {
+			parts = append(parts, number(x.n)+" "+x.what)
+		}
+	}
+	if s.rows > 0 {
+		parts = append(parts, count(s.rows, "row", "rows"))
+	}
+	if s.masked > 0 {
+		parts = append(parts, count(s.masked, "value", "values")+" masked")
+	}
+	return strings.Join(parts, ", ")
+}
+
+// resultsSection says what was reached on the access path, with which result, and
+// what was masked.
+func (r *Report) resultsSection(v *view) {
+	s := &r.results
+	v.Results = resultsView{Uses: s.uses, Good: s.ended - s.failed, Failed: s.failed, Open: s.uses - s.ended, Refused: r.guarded, Rows: s.rows, Masked: s.masked}
+	t := &tableView{ID: "objects", Caption: "What was reached within each target, on the access path", Narrow: true,
+		Head: []string{"Target", "What", "Uses", "Succeeded", "Failed", "No result", "Rows", "Values masked", "Bytes out", "Entries"}}
+	for i, k := range r.objects.sorted(func(s *objectSum) int64 { return s.uses }, func(a, b objectKey) int {
+		return cmp.Or(cmp.Compare(a.target, b.target), cmp.Compare(a.protocol, b.protocol), cmp.Compare(a.object, b.object))
+	}) {
+		if i == maxRows {
+			t.Note = fmt.Sprintf("The %d most used are shown, of %s. The others: uses.csv, column objects.", maxRows, atLeast(int64(len(r.objects.sums)), r.objects.over))
+			break
+		}
+		s := r.objects.sums[k]
+		t.add("", cells(text(orDefault(k.target, "none named"))), cells(text(orDefault(k.object, "nothing named")), quiet(keep(k.protocol).Text)), num(s.uses), num(s.ended-s.failed), num(s.failed), num(s.uses-s.ended), num(s.rows), num(s.masked), num(s.received), entries(s.first, s.last))
+	}
+	v.Objects = t
+
+	t = &tableView{ID: "masking", Caption: "Masking in force: what was hidden in what came back",
+		Head: []string{"Hidden", "Under the scopes", "Uses", "Rules"}}
+	for _, digest := range r.masks.sorted(func(m *maskSum) int64 { return m.uses }, strings.Compare) {
+		m := r.masks.sums[digest]
+		if !m.window {
+			continue
+		}
+		if len(t.Rows) == maxRows {
+			t.Note = fmt.Sprintf("The %d most used are shown. All are in masking/index.json.", maxRows)
+			break
+		}
+		var hidden cell
+		for _, w := range m.words {
+			hidden.Parts = append(hidden.Parts, text(w))
+		}
+		file := quiet("masking/" + strings.TrimPrefix(keep(digest).Text, "sha256:") + ".json")
+		if len(m.words) == 0 {
+			hidden, file = cells(tag("named by uses, and in no grant of this export", "bad")), quiet("not in this export")
+		}
+		t.add("", hidden, cells(text(strings.Join(m.scopes, ", "))), num(m.uses), cells(code(keep(digest).Text), file))
+	}
+	v.Masks = t
 }
 
 func (r *Report) approvedSection(v *view) {
@@ -530,7 +618,7 @@ func grave(k kind) (class, words string) {
 	switch k {
 	case identity, shared, lateUse, unknownUse, unreadable:
 		return "bad", "should not happen"
-	case denied, failed, expired, void, drawn, reported:
+	case denied, guarded, failed, expired, void, drawn, reported:
 		return "calm", "controls at work"
 	}
 	return "warn", "to be judged"
@@ -560,7 +648,7 @@ func (r *Report) exceptionSection(v *view) {
 			t.add(fmt.Sprintf("x-%s-%d", w.slug, row.index), cells(ref(row.index)), cells(when(row.time)...), by, cells(scopeAt(row.scope, row.target)...), why)
 		}
 		n := x.n
-		if k == refused { // a row may stand for several
+		if k == refused || k == guarded { // a row may stand for several
 			n = int64(len(x.rows))
 			if len(x.rows) == maxRows {
 				n = x.n
@@ -618,7 +706,7 @@ func link(v *view) {
 			}
 		}
 	}
-	for _, t := range append(tables, v.Groups, v.Reached, v.Rules, v.Scopes, v.Deciders) {
+	for _, t := range append(tables, v.Groups, v.Reached, v.Objects, v.Masks, v.Rules, v.Scopes, v.Deciders) {
 		for _, row := range t.Rows {
 			for _, c := range row.Cells {
 				for _, p := range c.Parts {

@@ -22,6 +22,8 @@ const (
 	maxGroups = 1_000 // kinds of things that are summed up one by one
 	maxOpen   = 100_000
 	maxCached = 1 << 18 // of each generation, see recent
+	maxSteps  = 1 << 16 // likewise, of accounts of steps, which take more
+	maxNamed  = 16      // objects of one use that are told apart
 )
 
 // Meta is what a report says of the export that it belongs to, as manifest and
@@ -43,8 +45,9 @@ type Meta struct {
 
 // Report gathers what REPORT.html says. Its memory is bounded: rows and groups
 // by the constants above, open approvals by maxOpen, and what is remembered of
-// credentials and steps by some tens of bytes for each of the latest maxCached
-// to 2*maxCached. It is not safe for concurrent use.
+// credentials by some tens of bytes for each of the latest maxCached to
+// 2*maxCached, of steps by some 300 for the latest maxSteps to 2*maxSteps. It is
+// not safe for concurrent use.
 type Report struct {
 	entries, context int64
 	types            map[store.Type]int64
@@ -58,7 +61,12 @@ type Report struct {
 	asks          tally[askKey, askSum]
 	reached       tally[reachKey, reachSum]
 	rules         tally[ruleKey, ruleSum]
-	claims        map[string]int64 // outcome that orchestrators claim, to how often
+	objects       tally[objectKey, objectSum]
+	masks         tally[string, maskSum]  // by digest
+	claims        map[string]int64        // outcome that orchestrators claim, to how often
+	verdicts      map[store.Verdict]int64 // of steps of which something was claimed
+	results       resultSum               // of uses on the access path
+	guarded       int64                   // attempts that guards refused
 
 	identities int64 // requests and credentials of the window that name the step's own identity
 
@@ -76,9 +84,10 @@ type Report struct {
 	upkeep      list[*eventRow] // exports, erasures, holds, writers
 
 	exceptions [kinds]exception
-	held       recent[credential] // by intent
-	worked     recent[worked]     // by step
-	handles    recent[struct{}]   // accessors, leases and serials seen
+	held       recent[credential]     // by intent
+	accounts   recent[*account]       // by step
+	handles    recent[struct{}]       // accessors, leases and serials seen
+	under      map[[16]byte]*underWay // uses without a result yet, by entry ID
 	sealed     missing
 
 	chart chart
@@ -87,7 +96,8 @@ type Report struct {
 // New returns an empty report.
 func New() *Report {
 	return &Report{
-		types: map[store.Type]int64{}, claims: map[string]int64{},
+		types: map[store.Type]int64{}, claims: map[string]int64{}, verdicts: map[store.Verdict]int64{},
+		accounts: recent[*account]{most: maxSteps}, under: map[[16]byte]*underWay{},
 		stepOf: map[string]*stepRow{}, issuedOf: map[string]*credentialRow{}, issuedTo: map[[16]byte][]*credentialRow{},
 		approvalOf: map[string]*approval{},
 	}
@@ -102,7 +112,40 @@ type askSum struct {
 
 type reachKey struct{ target, scope string }
 
-type reachSum struct{ issued, revoked, expired, uses, late, first, last int64 }
+type reachSum struct{ issued, revoked, expired, uses, late, failed, refused, first, last int64 }
+
+type objectKey struct{ target, protocol, object string }
+
+// resultSum adds up what came of uses.
+type resultSum struct{ uses, ended, failed, rows, masked, sent, received int64 }
+
+type objectSum struct {
+	resultSum
+	first, last int64 // entries
+}
+
+// maskSum is what is known of masking rules by their digest.
+type maskSum struct {
+	words  []string // empty where no grant of the export has them
+	window bool
+	uses   int64
+	scopes []string
+}
+
+// underWay is a use whose result is still to come.
+type underWay struct {
+	window  bool
+	request [16]byte
+	reach   *reachSum
+	objects []*objectSum
+	row     *credentialRow // nil where its credential is not listed
+}
+
+// account is what a step claimed and was seen to do.
+type account struct {
+	store.Account
+	verdict store.Verdict // as it is counted
+}
 
 type scopeSum struct {
 	asked, approved, refused, expired, void, withdrawn, standing int64
@@ -144,6 +187,9 @@ type credentialRow struct {
 	claim                   string
 	claimAt                 int64
 	summary                 said
+	account                 *account
+	results                 resultSum
+	refused                 int64
 	firstUse, lastUse       int64
 }
 
@@ -205,12 +251,6 @@ type credential struct {
 	ends   int64 // microseconds since 1970
 	open   bool  // no end is on record yet
 	window bool
-}
-
-// worked is what a step was seen to do.
-type worked struct {
-	uses    bool
-	claimed bool // counted as claimed but not observed
 }
 
 // Take adds an entry. Entries come ascending by index, those of the window and
@@ -283,6 +323,8 @@ func (r *Report) take(t taken) error {
 		return r.issued(t)
 	case store.CredentialUsed:
 		return r.used(t)
+	case store.UseFinished:
+		return r.useEnded(t)
 	case store.CredentialRevoked, store.CredentialExpired:
 		return r.ended(t)
 	case store.CredentialFailed:
@@ -316,6 +358,10 @@ func (r *Report) take(t taken) error {
 	case store.AccessRefused:
 		if t.window {
 			d, err := read[store.RefusedDetails](e)
+			if d.Intent != "" {
+				r.guard(t, &d)
+				return err
+			}
 			r.exceptions[refused].n += int64(max(d.Folded, 0))
 			why := orNone(d.Problem)
 			if d.Role != "" {
@@ -332,7 +378,7 @@ func (r *Report) take(t taken) error {
 			return err
 		}
 	case store.AlertRaised:
-		r.raise(alert, t, cause(e)+detailText(e))
+		r.raise(alert, t, alertWords(e))
 	case store.FreezeSet, store.FreezeLifted:
 		r.raise(frozen, t, string(e.Type)+": "+cause(e)+detailText(e))
 	case store.PolicyLoaded:
@@ -366,8 +412,9 @@ func own(e *store.Entry) bool {
 
 func (r *Report) requested(t taken) error {
 	e := t.e
+	bad := r.granted(t)
 	if !t.window {
-		return nil
+		return bad
 	}
 	mine := own(e)
 	if mine {
@@ -405,7 +452,7 @@ func (r *Report) requested(t taken) error {
 		r.steps.n++
 	}
 	if !bytes.Contains(e.Details, []byte(`"standing"`)) { // reading a grant takes longer than all else here
-		return nil
+		return bad
 	}
 	d, err := read[struct {
 		Standing *struct {
@@ -619,6 +666,9 @@ func (r *Report) issued(t taken) error {
 		break
 	}
 	r.outcome(t, "issued", true)
+	of := r.account(e)
+	of.Issued(e)
+	r.judge(t, of)
 	if !t.window {
 		return nil
 	}
@@ -643,7 +693,7 @@ func (r *Report) issued(t taken) error {
 	}
 	row := &credentialRow{
 		index: t.index, time: e.Time, expires: d.Expires, orchestrator: e.Orchestrator, run: e.Run, step: e.Step,
-		scope: keep(e.Action).Text, target: keep(e.Resource).Text, kind: keep(d.Kind).Text, revocable: d.Revocable,
+		scope: keep(e.Action).Text, target: keep(e.Resource).Text, kind: keep(d.Kind).Text, revocable: d.Revocable, account: of,
 	}
 	r.issuedOf[d.Intent] = row
 	step := key(e.Orchestrator, e.Run, e.Step)
@@ -678,12 +728,9 @@ func (r *Report) used(t taken) error {
 	if err != nil {
 		return err
 	}
-	step := key(e.Orchestrator, e.Run, e.Step)
-	w, _ := r.worked.get(step)
-	if w.claimed {
-		r.exceptions[unobserved].drop(e.Orchestrator, e.Run, e.Step)
-	}
-	r.worked.put(step, worked{uses: true})
+	of := r.account(e)
+	of.Used(e, d.Via)
+	r.judge(t, of)
 	c, known := r.held.get(key(d.Intent))
 	late := known && (!c.open && e.Time.UnixMicro() >= c.ends || e.Time.UnixMicro() > c.ends)
 	row := r.issuedOf[d.Intent]
@@ -697,6 +744,7 @@ func (r *Report) used(t taken) error {
 			row.late++
 		}
 	}
+	on := r.begun(t, &d, row)
 	if !t.window {
 		return nil
 	}
@@ -707,6 +755,9 @@ func (r *Report) used(t taken) error {
 	}
 	sum.uses++
 	sum.last = t.index
+	if on != nil {
+		on.reach = sum
+	}
 	use := said{}
 	if d.Use != "" {
 		use = keep(d.Use)
@@ -778,14 +829,9 @@ func (r *Report) finished(t taken) error {
 	for _, row := range r.issuedTo[step] {
 		row.claim, row.claimAt, row.summary = claim, t.index, summary
 	}
-	if w, _ := r.worked.get(step); d.Outcome != "skipped" && !w.uses && !w.claimed {
-		r.worked.put(step, worked{claimed: true})
-		why := "the orchestrator says: " + claim
-		if d.Target != "" {
-			why += ", at " + keep(d.Target).Text
-		}
-		r.raise(unobserved, t, why, summary)
-	}
+	of := r.account(e)
+	of.Claimed(d)
+	r.judge(t, of, summary)
 	return nil
 }
 
