@@ -189,7 +189,8 @@ func (sc *Scope) grant(ttl time.Duration, values map[string]string, delivery, pu
 		return store.Grant{}, err
 	}
 	if g.Delivery == Gateway {
-		g.Access = sc.Access // never changed: a Set never is
+		a := *sc.Access
+		g.Access = &a
 	}
 	if g.PublicKey, err = sc.publicKey(g.Delivery, publicKey); err != nil {
 		return store.Grant{}, err

@@ -81,7 +81,7 @@ func NewHTML(c HTMLConfig) (*HTML, error) {
 		c.Now = time.Now
 	}
 	t, err := template.New("").Funcs(template.FuncMap{
-		"text": page.Text, "stamp": page.Stamp, "clock": page.Clock, "remaining": remaining, "span": page.Span, "delivery": delivery, "happened": happened,
+		"text": page.Text, "stamp": page.Stamp, "clock": page.Clock, "remaining": remaining, "span": page.Span, "delivery": delivery, "access": approvals.AccessInWords, "happened": happened,
 		"join":  func(list []string) string { return strings.Join(list, ", ") },
 		"exact": func(d store.Duration) string { return time.Duration(d).String() },
 	}).ParseFS(templates, "templates/*.html")

@@ -95,6 +95,7 @@ func full() *approvals.Request {
 			Data:   map[string]string{"valid_principals": "deploy-principal", "cert_type": "user-certificate"},
 			Params: map[string]string{"customer": "c-90210", "region": "eu-central-7"}, TTL: store.Duration(12*time.Minute + 34*time.Second), Delivery: "wrapped",
 			PublicKey: "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIG" + strings.Repeat("k3y", 200) + " step@run-4711", Audience: "https://audience.example.com/vault", Revocable: true,
+			Access: access(),
 		},
 		Rule: store.Rule{
 			Groups: []store.RuleGroup{{Group: "dba", Count: 2}, {Group: "security-officers", Count: 3}}, Expires: store.Duration(47 * time.Minute), Collect: store.Duration(11 * time.Minute),
@@ -110,6 +111,22 @@ func full() *approvals.Request {
 			At: noon.Add(-time.Minute), Signed: true, Index: 90817, Standing: &store.StandingTerms{Scopes: []string{"vault:demo-admin", "vault:demo-write"}, Uses: 9, Until: store.At(noon.Add(95 * time.Minute))}}},
 		Refused: []approvals.Refused{{Person: "user:mallory", Problem: "self-approval", Detail: "the person is on the requester's side", At: noon.Add(-2 * time.Minute), Folded: 41, Index: 90816}},
 		Index:   90801, LeafHash: "bGVhZiBoYXNoIG9mIHRoaXMgdmVyeSByZXF1ZXN0IQ==", URL: "http://localhost:8788/approvals/apr_0192f1c29d9b7c55a1b2c3d4e5f60718",
+	}
+}
+
+// access is one in which no field is empty, whatever its protocol has a use for.
+func access() *store.Access {
+	return &store.Access{
+		Protocol: "http", Upstream: "https://api.internal:8443/v2", TLS: "verify",
+		Inject: &store.Inject{In: "basic", Name: "X-Api-Key", Value: "Token {{api-key}}", Username: "{{user}}", Password: "{{pass}}", Region: "eu-central-1", Service: "execute-api"},
+		HTTP: &store.HTTPAccess{
+			Routes:         []store.HTTPRoute{{Methods: []string{"GET", "PROPFIND"}, Paths: []string{"/orders/*", "/customers"}}, {Methods: []string{"DELETE"}, Paths: []string{"/carts/*/lines"}}},
+			RequestHeaders: []string{"X-Trace"}, ResponseHeaders: []string{"Content-Type"}, Sample: 2049, Upgrade: true, Timeout: store.Duration(93 * time.Second),
+		},
+		Postgres: &store.PostgresAccess{Statements: []string{"select", "update"}, Tables: []string{"orders", "sales.*", "*"}, Functions: []string{"sales.total"}, Everywhere: true, Sample: 2050},
+		MCP: &store.MCPAccess{Tools: []store.MCPTool{{Name: "lookup_order"}, {Name: "refund_order", Scope: "mcp:demo-refund"}},
+			Resources: []string{"file:///docs/*"}, Prompts: []string{"summarise"}, Sample: 2051},
+		Masking: store.Masking{Rules: []store.MaskRule{{Field: "email"}, {Path: "$.customers[*].phone"}, {Column: "orders.address"}, {Type: "jsonb"}, {Detector: "iban"}}},
 	}
 }
 
@@ -319,7 +336,11 @@ func empty(path string, v reflect.Value) (list []string) {
 
 func TestThePageShowsNoLessThanIsGranted(t *testing.T) {
 	p := newPages(t, &judge{past: past(), keys: []approvals.Passkey{own(true)}})
-	if list := append(empty("Request", reflect.ValueOf(p.req)), empty("Grant", reflect.ValueOf(p.req.Grant))...); len(list) > 0 {
+	list := append(empty("Request", reflect.ValueOf(p.req)), empty("Grant", reflect.ValueOf(p.req.Grant))...)
+	for _, part := range []any{p.req.Grant.Access, p.req.Grant.Access.Inject, p.req.Grant.Access.HTTP, p.req.Grant.Access.Postgres, p.req.Grant.Access.MCP} {
+		list = append(list, empty(fmt.Sprintf("%T", part), reflect.ValueOf(part))...)
+	}
+	if len(list) > 0 {
 		t.Fatalf("the test's request leaves %v empty", list)
 	}
 	page := p.get(t, "/approvals/"+p.req.ID).text()
@@ -328,6 +349,32 @@ func TestThePageShowsNoLessThanIsGranted(t *testing.T) {
 			t.Errorf("%s: the page does not show %q", path, want)
 		}
 	})
+}
+
+func TestWhatTheGatewayLetsThroughAndHidesIsSaidInWords(t *testing.T) {
+	p := newPages(t, &judge{past: past()})
+	a := p.get(t, "/approvals/"+p.req.ID)
+	for _, want := range []string{
+		"a connection may be upgraded", "UPDATE and DELETE may go without one", "* (every table)", "refund_order, where mcp:demo-refund is granted for the call",
+		"email, in any object or table", "$.customers[*].phone, in JSON", "the column orders.address", "values of the type jsonb", "what looks like an IBAN (iban)",
+		"the first 2049 bytes of each body, masked", "GET, PROPFIND  /orders/*  /customers", "password: {{pass}}", "whose certificate can be verified", p.req.Grant.Access.Digest(),
+	} {
+		if !strings.Contains(a.text(), want) {
+			t.Errorf("the page does not say %q", want)
+		}
+	}
+	p.req.Grant.Access.Masking, p.req.Grant.Access.TLS, p.req.Grant.Access.MCP.Resources = store.Masking{}, "off", nil
+	p.req.Grant.Access.HTTP.Upgrade, p.req.Grant.Access.Postgres.Everywhere = false, false
+	text := p.get(t, "/approvals/"+p.req.ID).text()
+	for want, is := range map[string]bool{"Hidden from itnothing": true, "what passes can be read on the way": true, "Resourcesnone": true, "upgraded": false, "may go without": false} {
+		if strings.Contains(text, want) != is {
+			t.Errorf("the page says %q: %v", want, !is)
+		}
+	}
+	p.req.Grant.Access = nil
+	if text := p.get(t, "/approvals/"+p.req.ID).text(); strings.Contains(text, "the gateway lets through") {
+		t.Error("a grant without access is shown one")
+	}
 }
 
 func TestThePageShowsAllOfTheRequestAndItsRule(t *testing.T) {

@@ -50,7 +50,11 @@ func FuzzMessage(f *testing.F) {
 		decisions, groups = min(max(decisions, 0), 250), min(max(groups, 0), 10)
 		r := &approvals.Request{ID: "apr_x", Status: store.StatusPending, Scope: val, Target: key, Orchestrator: reason, Run: reason, Step: reason, Agent: reason, Reason: reason, Subject: val,
 			PolicyReasons: []string{reason, val}, Rule: store.Rule{Slack: true}, URL: "http://localhost/x", LeafHash: strings.Repeat("A", 44),
-			Grant: store.Grant{Path: val, Method: "read", Role: key, Policies: []string{key, val}, Params: map[string]string{key: val}, Data: map[string]string{val: key}, PublicKey: val, Audience: reason}}
+			Grant: store.Grant{Path: val, Method: "read", Role: key, Policies: []string{key, val}, Params: map[string]string{key: val}, Data: map[string]string{val: key}, PublicKey: val, Audience: reason,
+				Access: &store.Access{Protocol: "http", Upstream: val, Inject: &store.Inject{In: "header", Name: key, Value: val},
+					HTTP:    &store.HTTPAccess{Routes: []store.HTTPRoute{{Methods: []string{key, val}, Paths: []string{val, reason}}}, RequestHeaders: []string{key}},
+					MCP:     &store.MCPAccess{Tools: []store.MCPTool{{Name: val, Scope: key}}},
+					Masking: store.Masking{Rules: []store.MaskRule{{Field: val}, {Path: key}}}}}}
 		for range decisions {
 			r.Decisions = append(r.Decisions, approvals.Decided{Person: val, Groups: []string{key}, Decision: store.Approve, Reason: reason})
 		}

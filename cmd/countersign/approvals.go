@@ -197,6 +197,12 @@ func printApproval(w io.Writer, r *approvals.Request) error {
 		{"ttl", time.Duration(g.TTL).String()}, {"delivery", g.Delivery}, {"public key", g.PublicKey}, {"audience", g.Audience},
 		{"revocable", fmt.Sprint(g.Revocable)},
 	}
+	for _, t := range approvals.AccessInWords(g.Access) {
+		rows = append(rows, [2]string{strings.ToLower(t.Name), strings.Join(t.Lines, "\n")})
+	}
+	if g.Access != nil {
+		rows = append(rows, [2]string{"rules' digest", g.Access.Digest()})
+	}
 	for _, k := range slices.Sorted(maps.Keys(g.Params)) {
 		rows = append(rows, [2]string{"param " + k, g.Params[k]})
 	}
