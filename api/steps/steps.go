@@ -420,6 +420,7 @@ type offer struct {
 	Revocable   bool     `json:"revocable"`
 	Approval    bool     `json:"needs_approval"`
 	Delivery    []string `json:"delivery"`
+	Protocol    string   `json:"protocol,omitzero"` // of the access path, where delivery gateway is one of them
 	Audience    []string `json:"audience,omitzero"`
 	Params      []param  `json:"params"`
 }
@@ -444,6 +445,9 @@ func (a *handlers) scopes(w http.ResponseWriter, r *http.Request) error {
 			Name: s.Name, Description: s.Description, Target: s.Target, Sensitivity: s.Sensitivity, Engine: string(s.Engine),
 			MaxTTL: s.MaxTTL.String(), DefaultTTL: s.DefaultTTL.String(), Revocable: s.Revocable, Approval: s.Approval != nil,
 			Delivery: append([]string{}, s.Delivery...), Audience: s.Audience, Params: []param{},
+		}
+		if s.Access != nil {
+			o.Protocol = s.Access.Protocol
 		}
 		for _, p := range s.Params {
 			q := param{Name: p.Name, Type: string(p.Type), Description: p.Description, Required: p.Required, Default: p.Default,

@@ -56,7 +56,7 @@ func TestAStepIsGivenItsCredentialAndLosesItWhenItEnds(t *testing.T) {
 	if a := w.call("demo", "POST", "/steps/s1/result", `{"run":"run-1","outcome":"succeeded","summary":"3 refunds","target":"orders"}`).want(t, 200, ""); a.body["irrevocable"] != 1.0 {
 		t.Fatalf("%s", a.raw)
 	}
-	if a := w.call("demo", "GET", "/scopes", "").want(t, 200, ""); !bytes.Contains(a.raw, []byte(`"vault:demo-read"`)) {
+	if a := w.call("demo", "GET", "/scopes", "").want(t, 200, ""); !bytes.Contains(a.raw, []byte(`"vault:demo-read"`)) || !bytes.Contains(a.raw, []byte(`"delivery":["gateway"],"protocol":"mcp"`)) {
 		t.Fatalf("%s", a.raw)
 	}
 }
