@@ -42,7 +42,39 @@ func TestTheExamplesOfThePolicyDocumentWork(t *testing.T) {
 	if _, err := Parse("example.yaml", []byte(approval+string(Demo(nil))[strings.Index(string(Demo(nil)), "\nscopes:"):]), "", nil); err != nil {
 		t.Errorf("the approval rule of the document: %v", err)
 	}
+	access, err := Parse("access.yaml", []byte(block("yaml", "scopes:")), "", nil)
+	if err != nil {
+		t.Fatalf("the access of the document: %v", err)
+	}
+	seen := map[string]bool{}
+	for _, sc := range access.Scopes() {
+		seen[sc.Access.Protocol] = true
+	}
+	if len(seen) != 3 {
+		t.Errorf("its scopes have the protocols %v", seen)
+	}
 	// Every field of the input and every key of a scope is told.
+	for key, protocols := range accessKeys {
+		told := false
+		for line := range strings.Lines(string(doc)) {
+			told = told || strings.HasPrefix(line, "|") && strings.Contains(line, "`"+key+"`") && (strings.Contains(line, "| all |") || strings.Contains(line, "`"+protocols[0]+"`"))
+		}
+		if !told && key != "inject" { // it has a table of its own
+			t.Errorf("the key %s of access is not told", key)
+		}
+	}
+	for _, kinds := range maskKinds {
+		for _, kind := range kinds {
+			if !strings.Contains(string(doc), "`{"+kind+": ") {
+				t.Errorf("the masking rule %s is not told", kind)
+			}
+		}
+	}
+	for _, d := range detectors {
+		if !strings.Contains(string(doc), "`"+d+"`") {
+			t.Errorf("the detector %s is not told", d)
+		}
+	}
 	for field := range inputSchema["properties"].(map[string]any) {
 		if !strings.Contains(string(doc), "`"+field+"`") {
 			t.Errorf("the input's %s is not told", field)
