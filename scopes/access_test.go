@@ -51,7 +51,8 @@ const reached = `
     max_ttl: 5m
     ask: ["*"]
     engine: path
-    vault: {path: aws/creds/live}
+    vault: {path: aws/sts/live}
+    revocable: false
     delivery: [direct, gateway]
     access:
       protocol: http
@@ -162,11 +163,14 @@ func TestAnAccessIsReadWholeIntoTheGrant(t *testing.T) {
 			t.Errorf("%s: its scope masks %+v", name, sc.Masking)
 		}
 	}
-	// What is handed out directly has none of it.
-	a := ask("db:plain")
-	a.Delivery = Direct
-	if v := decide(t, s, a); v.Grant.Access != nil {
-		t.Errorf("handed out directly, it has the access %+v", v.Grant.Access)
+	// What is handed out directly has none of it; a session can be ended, whether
+	// or not Vault could call the secret back.
+	for _, delivery := range []string{Direct, Gateway} {
+		a := ask("api:live")
+		a.Delivery = delivery
+		if v := decide(t, s, a); (v.Grant.Access != nil) != (delivery == Gateway) || v.Grant.Revocable != (delivery == Gateway) {
+			t.Errorf("delivered %s: revocable %v, access %+v", delivery, v.Grant.Revocable, v.Grant.Access)
+		}
 	}
 }
 

@@ -190,7 +190,7 @@ func (sc *Scope) grant(ttl time.Duration, values map[string]string, delivery, pu
 	}
 	if g.Delivery == Gateway {
 		a := *sc.Access
-		g.Access = &a
+		g.Access, g.Revocable = &a, true // the session is, whatever becomes of the secret that the gateway holds
 	}
 	if g.PublicKey, err = sc.publicKey(g.Delivery, publicKey); err != nil {
 		return store.Grant{}, err
