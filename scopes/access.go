@@ -470,11 +470,27 @@ func (r *reader) toolScopes(list []*Scope) {
 				bad("which is not one of the gateway's MCP scopes", "give it `delivery: [gateway]` and `access: {protocol: mcp, ...}`")
 			case other.Access.Upstream != sc.Access.Upstream:
 				bad("which has another upstream", "write the same upstream in both")
-			case !slices.ContainsFunc(other.Access.MCP.Tools, func(t store.MCPTool) bool { return t.Scope == "" && glob(t.Name).MatchString(tool.Name) }):
+			case !lets(other.Access.MCP, tool.Name):
 				bad("which does not let it be called", "add the tool, without a scope, to the tools there")
 			}
 		}
 	}
+}
+
+// lets reports whether a lets a tool be called without a further scope. As at
+// the gateway, its own name counts before any pattern, and of patterns one with a
+// scope.
+func lets(a *store.MCPAccess, tool string) bool {
+	free, due := false, false
+	for _, t := range a.Tools {
+		switch {
+		case t.Name == tool:
+			return t.Scope == ""
+		case glob(t.Name).MatchString(tool):
+			free, due = free || t.Scope == "", due || t.Scope != ""
+		}
+	}
+	return free && !due
 }
 
 // masking reads what the gateway hides. It comes after access.

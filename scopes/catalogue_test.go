@@ -156,10 +156,10 @@ func TestEveryMistakeOfACatalogueIsToldWithItsPlaceAndItsRemedy(t *testing.T) {
 		{"masks over an upgraded connection", http(`routes: [{methods: [GET], paths: [/]}], upgrade: true`) + "    masking: [email]\n"},
 		{"statements, tables and functions that are none", db(`tls: disable, statements: [drop, SELECT], tables: ["orders; drop", "*.orders", a.b.c, ""], functions: ["*", "sales.*"], everywhere: true, sample: 0`)},
 		{"tools that are none", mcp(`tools: [lookup, lookup, "a b", {scope: x}, {name: y, scope: "a:b"}, {name: "{{x}}"}, 7], resources: ["{{x}}"], prompts: []`)},
-		{"tools whose scope does not do", mcp(`tools: [{name: t1, scope: "no:such"}, {name: t2, scope: "vault:x"}, {name: t3, scope: "other:upstream"}, {name: t4, scope: "other:tools"}, {name: t5, scope: "other:tools"}, {name: t6, scope: "other:tools"}, {name: "t*", scope: "other:tools"}]`) + `
+		{"tools whose scope does not do", mcp(`tools: [{name: t1, scope: "no:such"}, {name: t2, scope: "vault:x"}, {name: t3, scope: "other:upstream"}, {name: t4, scope: "other:tools"}, {name: t5, scope: "other:tools"}, {name: t6, scope: "other:tools"}, {name: "t*", scope: "other:tools"}, {name: t7, scope: "other:tools"}, {name: t8, scope: "other:tools"}]`) + `
   - {name: "vault:x", target: t, sensitivity: low, max_ttl: 5m, ask: [ci], engine: token, vault: {policies: [{path: secret/x, capabilities: [read]}]}}
   - {name: "other:upstream", target: t, sensitivity: low, max_ttl: 5m, ask: [ci], engine: kv, vault: {path: x}, delivery: [gateway], access: {protocol: mcp, upstream: "http://other.internal", inject: {in: query, name: key, value: "{{key}}"}, tools: ["*"]}}
-  - {name: "other:tools", target: t, sensitivity: low, max_ttl: 5m, ask: [ci], engine: kv, vault: {path: x}, delivery: [gateway], access: {protocol: mcp, upstream: "http://t.internal", inject: {in: query, name: key, value: "{{key}}"}, tools: ["t5*", {name: t6, scope: "no:such"}]}}
+  - {name: "other:tools", target: t, sensitivity: low, max_ttl: 5m, ask: [ci], engine: kv, vault: {path: x}, delivery: [gateway], access: {protocol: mcp, upstream: "http://t.internal", inject: {in: query, name: key, value: "{{key}}"}, tools: ["t5*", {name: t6, scope: "no:such"}, "t7*", {name: "t7", scope: "vault:x"}, {name: "*8", scope: "vault:x"}, "t8*", t6x]}}
 `},
 		{"masks that are none", http("routes: [{methods: [GET], paths: [/]}]") + `    masking:
       - "a b"
