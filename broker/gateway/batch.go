@@ -282,8 +282,16 @@ func (r *recording) flush() {
 	}
 }
 
-// background runs fn; close waits for it.
-func (r *recording) background(fn func()) { r.work.Go(fn) }
+// background runs fn; close waits for what began before it.
+func (r *recording) background(fn func()) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.closed {
+		go fn()
+		return
+	}
+	r.work.Go(fn)
+}
 
 // close takes no more uses, and returns when all outcomes are on record, or
 // after closeWithin.

@@ -2,10 +2,9 @@ package gateway
 
 import (
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"fmt"
 	"strings"
+	"sync/atomic"
 	"time"
 	"unicode/utf8"
 
@@ -37,6 +36,7 @@ type Pending struct {
 	s     *Session
 	id    string
 	began time.Time
+	done  atomic.Bool
 }
 
 // Use puts uses on record, in order, all or none; what they ask for may reach
@@ -59,12 +59,11 @@ func (s *Session) Use(ctx context.Context, uses ...Use) ([]*Pending, error) {
 	}
 	q := &queued{s: s, subs: make([]*store.Submission, len(uses)), done: make(chan error, 1)}
 	for i, u := range uses {
-		sub := s.used(u)
-		n, err := s.size(sub, u)
+		n, err := s.size(u)
 		if err != nil {
 			return nil, err
 		}
-		q.subs[i], q.size = sub, q.size+n
+		q.subs[i], q.size = s.used(u), q.size+n
 	}
 	if q.size > maxBytes {
 		return nil, fmt.Errorf("%w: %d uses of %d bytes together", ErrTooLarge, len(uses), q.size)
@@ -106,9 +105,9 @@ func (s *Session) used(u Use) *store.Submission {
 	return sub
 }
 
-// size is how many bytes sub has at most as it is submitted. What cannot be on
-// record is an error, so that it spoils no batch.
-func (s *Session) size(sub *store.Submission, u Use) (int, error) {
+// size is how many bytes the entry of u has at most as it is submitted. What
+// cannot be on record is an error, so that it spoils no batch.
+func (s *Session) size(u Use) (int, error) {
 	n := s.base + lengthened(u.Use) + lengthened(u.Conn) + lengthened(u.Statement)
 	for _, o := range u.Objects {
 		n += lengthened(o) + len(`"",`)
@@ -139,12 +138,15 @@ func lengthened(s string) int {
 	return n
 }
 
-// Finish says what came of a use, once; Use and Took of o are set here. sample
+// Finish says what came of a use, the first time it is called; Use and Took of o are set here. sample
 // is an excerpt of what came back, masked; it is cut where it does not fit in an
 // entry. It goes on record soon, while the session lasts or after it.
 //
 // A crash before it is on record leaves a use without an outcome.
 func (p *Pending) Finish(o store.UseOutcome, sample string) {
+	if p.done.Swap(true) {
+		return
+	}
 	s := p.s
 	o.Use, o.Took = p.id, store.Duration(max(0, s.g.Now().Sub(p.began)))
 	// Bounded, and nothing that JSON lengthens, so that store.MaxOutcomes fit in an
@@ -202,16 +204,19 @@ func (s *Session) finished(o []store.UseOutcome, sample string) {
 // fitting is text as an entry can hold it, cut so that it has at most n bytes as
 // a JSON string. What was cut says so.
 func fitting(text string, n int) string {
-	text = strings.ReplaceAll(strings.ToValidUTF8(text, "\uFFFD"), "\x00", "\uFFFD")
-	if lengthened(text) <= n {
-		return text
+	size, n := len(text), max(n, 64)
+	out := strings.ReplaceAll(strings.ToValidUTF8(text[:min(size, n+utf8.UTFMax)], "\uFFFD"), "\x00", "\uFFFD")
+	if size <= n && lengthened(out) <= n {
+		return out
 	}
-	sum := sha256.Sum256([]byte(text))
-	end := fmt.Sprintf("… (cut, of %d bytes, sha256:%s)", len(text), hex.EncodeToString(sum[:]))
-	for n -= len(end); lengthened(text) > n && text != ""; {
-		text = text[:len(text)-max(1, (lengthened(text)-n)/len(`\u0000`))]
+	end := fmt.Sprintf("… (cut, of %d bytes)", size)
+	n -= len(end)
+	for i, r := range out {
+		if n -= lengthened(string(r)); n < 0 {
+			return out[:i] + end
+		}
 	}
-	return strings.ToValidUTF8(text, "") + end
+	return out + end
 }
 
 // Refusal is what a guard did not let through.
