@@ -158,6 +158,7 @@ type bundleWriter struct {
 	dir        string // what is put aside
 	report     *report.Report
 	policies   map[string]bool // names of files under policies/
+	maskings   maskings
 	leaves     tileLeaves
 }
 
@@ -359,6 +360,11 @@ func (b *bundleWriter) entries(ctx context.Context) (err error) {
 				return err
 			}
 		}
+		if err := b.maskings.take(it.Entry, it.window, func(name string, text []byte) error {
+			return os.WriteFile(filepath.Join(b.dir, name+".json"), text, 0o600)
+		}); err != nil {
+			return err
+		}
 		if err := tables.Take(it.Index, it.Entry, opened, it.window); err != nil {
 			return err
 		}
@@ -509,13 +515,15 @@ func (b *bundleWriter) derived(ctx context.Context) error {
 	for _, name := range slices.Sorted(maps.Keys(b.policies)) {
 		names = append(names, "policies/"+name)
 	}
+	for _, name := range b.maskings.files() {
+		names = append(names, "masking/"+name+".json")
+	}
 	for _, name := range names {
 		if err := b.putAside(ctx, name); err != nil {
 			return err
 		}
 	}
-	// No entry names masking rules: what was in force is none.
-	return b.put(memberMasking, zip.Deflate, []byte("{\"rules\":[]}\n"))
+	return b.put(memberMasking, zip.Deflate, b.maskings.index())
 }
 
 // rest writes the report, how to verify, and the manifest.

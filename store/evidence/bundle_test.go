@@ -491,3 +491,49 @@ func TestTheContextHoldsWhatAStandingApprovalRestsOn(t *testing.T) {
 		}
 	}
 }
+
+func TestABundleHoldsTheMaskingRulesOfItsGrantsAndUses(t *testing.T) {
+	h := newHouse(t)
+	mail := store.Masking{Rules: []store.MaskRule{{Field: "email"}}}
+	a, b, c := h.tale("1", "r-1", "orders:read", store.Allow).through(mail), h.tale("2", "r-2", "orders:read", store.Allow).through(store.Masking{}),
+		h.tale("3", "r-3", "orders:list", store.Allow).through(store.Masking{Rules: []store.MaskRule{{Detector: "card"}}})
+	inA, inC := a.issuing(), c.issuing()
+	h.append(false, a.requested("why"), inA, a.issued(inA), c.requested("why"), inC, c.issued(inC))
+	h.now = h.now.Add(time.Hour)
+	from, inB := h.now, b.issuing()
+	one, two, three := a.passed(inA, "GET /orders/*", "GET /orders/1"), a.passed(inA, "GET /orders/*", "GET /orders/2"), b.passed(inB, "GET /", "GET /?x=1")
+	h.append(false, b.requested("why"), inB, b.issued(inB), one, two, three)
+	h.now = h.now.Add(time.Hour)
+	to := h.now
+	h.append(false, a.result("200", one, two), a.revoked(inA))
+	digest := strings.TrimPrefix(mail.Digest(), "sha256:")
+
+	o := h.exported(ledger.Query{}, nil)
+	raw := h.export(o)
+	_, files, _ := members(t, raw)
+	if got := string(files["masking/"+digest+".json"]); got != `{"rules":[{"field":"email"}]}` {
+		t.Errorf("the rules are %q", got)
+	}
+	card := c.grant.Access.Masking.Digest()
+	want := []string{`{"digest":"` + mail.Digest() + `","scopes":["orders:read"],"uses":2}`, `{"digest":"` + card + `","scopes":["orders:list"],"uses":0}`}
+	slices.Sort(want)
+	if got := string(files[memberMasking]); got != `{"rules":[`+strings.Join(want, ",")+"]}\n" {
+		t.Errorf("the index is %s", got)
+	}
+	h.verifies(raw)
+
+	// Of a window within the log, the grant of a use lies before it and the result
+	// behind it.
+	raw = h.export(h.exported(ledger.Query{From: from, To: to}, nil))
+	_, files, m := members(t, raw)
+	if got := string(files[memberMasking]); got != `{"rules":[`+want[slices.IndexFunc(want, func(s string) bool { return strings.Contains(s, digest) })]+"]}\n" {
+		t.Errorf("the window's index is %s", got)
+	}
+	if files["masking/"+digest+".json"] == nil || files["masking/"+strings.TrimPrefix(card, "sha256:")+".json"] != nil {
+		t.Error("the window's rules are others than its uses name")
+	}
+	if status := cellsOf(t, string(files[memberUses]), UsesColumns, "status"); m.Counts.Uses != 3 || !slices.Equal(status, []string{"200", "200", ""}) {
+		t.Errorf("%d uses, with the results %q", m.Counts.Uses, status)
+	}
+	h.verifies(raw)
+}

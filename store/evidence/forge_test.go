@@ -296,8 +296,75 @@ func (s *scribe) erase(name string, kept time.Duration, sensitivity string, name
 	s.put(name, "recorder", e)
 }
 
-// write tells the whole story: some 600 entries, in which every kind of thing
-// happens that is judged.
+// pathGrant is a grant for the access path, where e-mail addresses are masked.
+func pathGrant() store.Grant {
+	g := grantOf("orders:read")
+	g.Delivery, g.Access = "gateway", &store.Access{Protocol: store.ProtocolPostgres, Upstream: "db.internal:5432/orders", TLS: "verify",
+		Postgres: &store.PostgresAccess{}, Masking: store.Masking{Rules: []store.MaskRule{{Column: "orders.email"}}}}
+	return g
+}
+
+// path begins the story of one request whose secret stays on the access path.
+func (s *scribe) path(n, run string) {
+	g := pathGrant()
+	asked := s.of(store.StepRequested, n, run, "orders:read", store.Allow, store.RequestedDetails{Grant: g, Join: "join-" + n, Body: "b"})
+	asked.Seal(store.SealedReason, "Reconcile refunds, OPS-"+n)
+	s.put(n+" requested", "broker-1", asked)
+	s.put(n+" issuing", "broker-1", s.of(store.CredentialIssuing, n, run, "orders:read", store.Allow, store.IssuingDetails{Attempt: 1, Grant: g.Digest(), NotPast: store.At(s.now.Add(5 * time.Minute))}))
+	s.put(n+" issued", "broker-1", s.of(store.CredentialIssued, n, run, "orders:read", store.Allow, store.IssuedDetails{Intent: s.ids[n+" issuing"], Attempt: 1, Kind: "database", Revocable: true, Accessor: "acc-" + n, Expires: store.At(s.now.Add(4 * time.Minute))}))
+}
+
+// passes is a use on the access path.
+func (s *scribe) passes(name, n, run string) {
+	g := pathGrant()
+	e := s.of(store.CredentialUsed, n, run, "orders:read", store.Allow, store.UsedDetails{Intent: s.ids[n+" issuing"], Via: store.ViaGateway, By: "gateway",
+		Use: "SELECT orders", Protocol: store.ProtocolPostgres, Conn: "c1", Objects: []string{"orders"}, Access: g.Access.Digest(), Masking: g.Access.Masking.Digest()})
+	e.Seal(store.SealedStatement, "SELECT email FROM orders -- "+name)
+	s.put(name, "broker-1", e)
+}
+
+// results are what came of uses.
+func (s *scribe) results(name, n, run, sample string, uses ...string) {
+	d := store.UseFinishedDetails{}
+	for _, u := range uses {
+		d.Outcomes = append(d.Outcomes, store.UseOutcome{Use: s.ids[u], Status: "SELECT 3", Rows: 3, Received: 120, Masked: 3, Took: store.Duration(1500 * time.Microsecond)})
+	}
+	e := s.of(store.UseFinished, n, run, "orders:read", store.Allow, d)
+	e.Seal(store.SealedSample, sample)
+	s.put(name, "broker-1", e)
+}
+
+func (s *scribe) over(n, run string) {
+	end := s.of(store.CredentialRevoked, n, run, "orders:read", store.Allow, store.ClosedDetails{Intent: s.ids[n+" issuing"], Attempt: 1})
+	end.Cause = store.Ptr("step-finished")
+	s.put(n+" revoked", "broker-1", end)
+}
+
+// paths is what happens on the access path: uses with results and without, and a
+// refusal.
+func (s *scribe) paths() {
+	s.path("g", "r-g")
+	s.passes("g used", "g", "r-g")
+	s.passes("g used too", "g", "r-g")
+	s.results("g done", "g", "r-g", "[masked]", "g used too", "g used")
+	s.passes("g cut", "g", "r-g")
+	s.path("h", "r-h")
+	s.passes("h used", "h", "r-h")
+	refused := s.of(store.AccessRefused, "g", "r-g", "orders:read", store.Allow, store.RefusedDetails{Method: store.ProtocolPostgres, Route: "DELETE orders", Problem: "scope-denied",
+		Remote: "192.0.2.7", Intent: s.ids["g issuing"], Reason: "statements of this kind are not let through"})
+	refused.Seal(store.SealedStatement, "DELETE FROM orders")
+	s.put("g refused", "broker-1", refused)
+	s.results("h done", "h", "r-h", "", "h used")
+	s.over("g", "r-g")
+	s.over("h", "r-h")
+	alert := &store.Submission{Entry: store.Entry{Type: store.AlertRaised}}
+	alert.SetDetails(store.AlertDetails{Alert: store.AlertMint, Source: "vault-audit", Ref: "v-1", What: "auth/token/create"})
+	s.put("alert", "recorder", alert)
+}
+
+// write tells the whole story, in which every kind of thing happens that is
+// judged: over two whole tiles of entries, most of which are of no story, since
+// each row of tables and report takes its time to derive.
 func (s *scribe) write() *scribe {
 	s.policy("policy", "recorder", map[string]store.Duration{"low": store.Duration(day), "sensitive": store.Duration(30 * day)})
 	s.policy("policy of the broker", "broker-1", nil)
@@ -309,13 +376,17 @@ func (s *scribe) write() *scribe {
 	denied := s.of(store.StepRequested, "4", "r-4", "orders:write", store.Deny, store.RequestedDetails{Grant: grantOf("orders:write"), Body: "b"})
 	denied.Seal(store.SealedReason, "Because")
 	s.put("4 requested", "broker-1", denied)
-	for i := range 100 {
+	for i := range 12 {
 		s.low(fmt.Sprintf("a%d", i), "r-many")
+	}
+	for i := range 430 {
+		s.put(fmt.Sprintf("filler %d", i), "recorder", &store.Submission{Entry: store.Entry{Type: "weather.changed"}})
 	}
 	s.now = s.now.Add(2 * day)
 	s.erase("erased", day, "low", "1 requested", "a0 requested")
 	s.high("5", "r-5")
 	s.lift("lifted", s.ids["hold"])
+	s.paths()
 	for i := range 10 {
 		s.low(fmt.Sprintf("b%d", i), "r-last")
 	}
@@ -447,7 +518,14 @@ func (s *scribe) bundle(v view, from, to int64) *parcel {
 	}
 	m.set("policies/"+textDigest(catalogue)[7:]+".yaml", []byte(catalogue))
 	m.set("policies/"+textDigest("package x\n")[7:]+".rego", []byte("package x\n"))
-	m.set(memberMasking, []byte("{\"rules\":[]}\n"))
+	var rules maskings
+	for _, i := range slices.Sorted(slices.Values(slices.Concat(window, context))) {
+		_ = rules.take(s.entries[i], shown[i], nil)
+	}
+	for _, name := range rules.files() {
+		m.set("masking/"+name+".json", pathGrant().Access.Masking.Text())
+	}
+	m.set(memberMasking, nil)
 	m.set(memberReport, nil)
 	m.set(memberVerify, []byte(verifyText))
 	mf := &m.m
@@ -594,7 +672,9 @@ func (m *parcel) fit() {
 	}
 	var steps, approvals, uses, page bytes.Buffer
 	tables, rep := NewTables(&steps, &approvals, &uses), report.New()
+	var rules maskings
 	for _, i := range slices.Sorted(maps.Keys(all)) {
+		_ = rules.take(all[i].e, all[i].window, nil)
 		if tables.Take(i, all[i].e, opened[i], all[i].window) != nil || rep.Take(i, all[i].e, opened[i], all[i].window) != nil {
 			break // a lie that no table can tell
 		}
@@ -607,7 +687,7 @@ func (m *parcel) fit() {
 	if err := rep.Write(&page, reportMeta(&m.m, string(m.data[memberCheckpoint]))); err != nil {
 		m.t.Fatal(err)
 	}
-	for name, b := range map[string]*bytes.Buffer{memberSteps: &steps, memberApprovals: &approvals, memberUses: &uses, memberReport: &page} {
+	for name, b := range map[string]*bytes.Buffer{memberSteps: &steps, memberApprovals: &approvals, memberUses: &uses, memberReport: &page, memberMasking: bytes.NewBuffer(rules.index())} {
 		if m.data[name] != nil || slices.Contains(m.names, name) {
 			m.data[name] = b.Bytes()
 		}

@@ -156,6 +156,29 @@ func (s *tale) used(intent *store.Submission, use string) *store.Submission {
 	return s.entry(store.CredentialUsed, store.UsedDetails{Intent: intent.ID, Via: "introspection", By: "orders", Use: use})
 }
 
+// through has the secret of the request stay on the access path.
+func (s *tale) through(m store.Masking) *tale {
+	s.grant.Delivery, s.grant.Access = "gateway", &store.Access{Protocol: store.ProtocolHTTP, Upstream: "https://orders.internal", Masking: m}
+	return s
+}
+
+// passed is a use on the access path.
+func (s *tale) passed(intent *store.Submission, use, statement string) *store.Submission {
+	e := s.entry(store.CredentialUsed, store.UsedDetails{Intent: intent.ID, Via: store.ViaGateway, By: "gateway", Use: use, Protocol: store.ProtocolHTTP, Conn: "c1",
+		Access: s.grant.Access.Digest(), Masking: s.grant.Access.Masking.Digest()})
+	e.Seal(store.SealedStatement, statement)
+	return e
+}
+
+// result is what came of uses.
+func (s *tale) result(status string, uses ...*store.Submission) *store.Submission {
+	d := store.UseFinishedDetails{}
+	for _, u := range uses {
+		d.Outcomes = append(d.Outcomes, store.UseOutcome{Use: u.ID, Status: status, Received: 120, Took: store.Duration(time.Millisecond)})
+	}
+	return s.entry(store.UseFinished, d)
+}
+
 func (s *tale) revoked(intent *store.Submission) *store.Submission {
 	e := s.entry(store.CredentialRevoked, store.ClosedDetails{Intent: intent.ID, Attempt: 1})
 	e.Cause = store.Ptr("step-finished")

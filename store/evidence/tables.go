@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/countersign-dev/countersign/store"
 )
@@ -27,13 +28,18 @@ var (
 	// seen.
 	UsesColumns = []string{
 		"index", "time", "request", "run", "step", "orchestrator", "identity", "scope", "target", "via", "by", "use", "outcome", "intent",
+		"protocol", "objects", "statement", "status", "error", "rows", "sent", "received", "masked", "took", "masking",
 	}
 )
+
+// usesStatus is the column of UsesColumns from which on a use's result stands, as
+// far as "took".
+const usesStatus = 17
 
 var stepsColumns = [...]string{
 	"index", "request", "run", "step", "orchestrator", "identity", "subject", "subject_proved", "scope", "target", "sensitivity",
 	"outcome", "policy", "policy_reasons", "requested_reason", "requested_at", "issued_at", "kind", "revocable", "expires_at", "credentials",
-	"ended_at", "ended_by", "cause", "uses", "uses_after_end", "claimed_outcome", "status",
+	"ended_at", "ended_by", "cause", "uses", "uses_after_end", "claimed_outcome", "status", "claim_verdict", "claim_why",
 }
 
 var stepColumn = func() map[string]int {
@@ -54,21 +60,46 @@ const Erased = "(erased)"
 // tables again writes the same rows in the same order.
 const settledBytes = 16 << 20
 
+// What is kept of uses on the access path whose result is still to come, and of
+// the uses after them, since rows stand in the order of the uses. Beyond, the
+// oldest is written without its result, which entries.jsonl has. A variable only
+// so that tests need not fill it.
+var maxPending = struct{ rows, bytes int }{50_000, 32 << 20}
+
 // Tables derives steps.csv, approvals.csv and uses.csv in one pass over entries
 // and the texts behind their commitments. The rows depend on these alone. It is
 // not safe for concurrent use.
 //
-// Memory: what has not ended, and settledBytes.
+// Memory: what has not ended, settledBytes and maxPending.
 type Tables struct {
 	steps, approvals, uses *csv.Writer
 	err                    error
 	last                   int64
 	rows                   [3]int64 // of steps, approvals, uses
 
-	requests map[string]*stepRow    // by request: open and settled
-	byStep   map[stepKey][]*stepRow // the same, of the window
-	settled  []settledRow           // in the order of their ends
-	kept     int                    // bytes in settled
+	requests map[string]*stepRow   // by request: open and settled
+	byStep   map[stepKey]*stepRows // the same, by step
+	settled  []settledRow          // in the order of their ends
+	kept     int                   // bytes in settled
+
+	pending      []*useRow          // in the order of the uses
+	pendingBytes int                // in pending
+	awaited      map[string]*useRow // of pending, by entry ID, those whose result is to come
+}
+
+// stepRows are the rows of a step that are not written yet, and its account.
+type stepRows struct {
+	rows    []*stepRow
+	account store.Account
+}
+
+// useRow is a row of uses.csv in the making.
+type useRow struct {
+	id      string
+	request string
+	cells   []string
+	size    int
+	done    bool
 }
 
 // NewTables returns tables that write their header lines and rows as entries
@@ -76,7 +107,7 @@ type Tables struct {
 func NewTables(steps, approvals, uses io.Writer) *Tables {
 	t := &Tables{
 		steps: csv.NewWriter(steps), approvals: csv.NewWriter(approvals), uses: csv.NewWriter(uses),
-		last: -1, requests: map[string]*stepRow{}, byStep: map[stepKey][]*stepRow{},
+		last: -1, requests: map[string]*stepRow{}, byStep: map[stepKey]*stepRows{}, awaited: map[string]*useRow{},
 	}
 	t.err = errors.Join(t.steps.Write(StepsColumns), t.approvals.Write(ApprovalsColumns), t.uses.Write(UsesColumns))
 	return t
@@ -89,18 +120,17 @@ type stepKey struct{ orchestrator, run, step string }
 
 // stepRow is a row of steps.csv in the making.
 type stepRow struct {
-	key      stepKey
-	index    int64
-	window   bool // the row is to be written
-	ended    bool
-	ends     int // how often it ended: a retry opens a request again
-	asked    int64
-	reason   string // of the request, as a cell
-	cells    [len(stepsColumns)]string
-	uses     int
-	late     int // uses after the end
-	issued   int
-	finished string
+	key    stepKey
+	index  int64
+	window bool // the row is to be written
+	ended  bool
+	ends   int // how often it ended: a retry opens a request again
+	asked  int64
+	reason string // of the request, as a cell
+	cells  [len(stepsColumns)]string
+	uses   int
+	late   int // uses after the end
+	issued int
 }
 
 type settledRow struct {
@@ -143,17 +173,18 @@ func (t *Tables) take(index int64, e *store.Entry, opened map[string]string, win
 	switch e.Type {
 	case store.StepRequested:
 		if r == nil {
-			t.open(index, e, opened, window)
+			r = t.open(index, e, opened, window)
+			if of := t.byStep[r.key]; of != nil { // not denied, and written at once
+				_ = of.account.Requested(e) // a grant that cannot be read is for the verifier to name
+			}
 		}
 	case store.StepFinished:
 		d, err := store.DetailsAs[store.FinishedDetails](e)
 		if err != nil {
 			return err
 		}
-		if window {
-			for _, r := range t.byStep[stepKey{e.Orchestrator, e.Run, e.Step}] {
-				r.finished = d.Outcome
-			}
+		if of := t.byStep[stepKey{e.Orchestrator, e.Run, e.Step}]; of != nil {
+			of.account.Claimed(d)
 		}
 	case store.ApprovalRequested:
 		if r != nil {
@@ -180,6 +211,7 @@ func (t *Tables) take(index int64, e *store.Entry, opened map[string]string, win
 		if err != nil || r == nil {
 			return err
 		}
+		t.byStep[r.key].account.Issued(e)
 		r.issued++
 		r.ended = false
 		if *r.cell("issued_at") == "" {
@@ -189,13 +221,22 @@ func (t *Tables) take(index int64, e *store.Entry, opened map[string]string, win
 		*r.cell("status") = string(store.StatusIssued)
 		*r.cell("ended_at"), *r.cell("ended_by"), *r.cell("cause") = "", "", ""
 	case store.CredentialUsed:
-		if r != nil {
-			r.uses++
-			if r.ended {
-				r.late++
-			}
+		return t.used(index, e, opened, window, r)
+	case store.UseFinished:
+		// A result that cannot be read leaves its row without one; the verifier names
+		// the entry.
+		d, err := store.DetailsAs[store.UseFinishedDetails](e)
+		if err != nil {
+			return nil
 		}
-		return t.used(index, e, window)
+		if r != nil {
+			t.byStep[r.key].account.Ended(e, d.Outcomes)
+		}
+		return t.finished(e, d.Outcomes)
+	case store.AccessRefused:
+		if r != nil {
+			_ = t.byStep[r.key].account.Take(e)
+		}
 	case store.RequestWithdrawn, store.RequestVoid, store.ApprovalExpired, store.CredentialFailed, store.CredentialAbandoned,
 		store.CredentialRevoked, store.CredentialExpired:
 		if r != nil {
@@ -237,9 +278,12 @@ func (t *Tables) open(index int64, e *store.Entry, opened map[string]string, win
 		denied = d.Outcome == store.Deny
 	}
 	t.requests[e.Request] = r
-	if window {
-		t.byStep[r.key] = append(t.byStep[r.key], r)
+	of := t.byStep[r.key]
+	if of == nil {
+		of = &stepRows{}
+		t.byStep[r.key] = of
 	}
+	of.rows = append(of.rows, r)
 	if denied && e.Type == store.StepRequested {
 		t.err = t.end(r, e, string(store.StatusDenied))
 	}
@@ -281,15 +325,17 @@ func (t *Tables) settle() error {
 // write writes r's row, where it belongs to the table, and forgets r.
 func (t *Tables) write(r *stepRow) error {
 	delete(t.requests, *r.cell("request"))
+	of := t.byStep[r.key]
+	if of.rows = slices.DeleteFunc(of.rows, func(x *stepRow) bool { return x == r }); len(of.rows) == 0 {
+		delete(t.byStep, r.key)
+	}
 	if !r.window {
 		return nil
 	}
-	if rest := slices.DeleteFunc(t.byStep[r.key], func(x *stepRow) bool { return x == r }); len(rest) > 0 {
-		t.byStep[r.key] = rest
-	} else {
-		delete(t.byStep, r.key)
-	}
-	*r.cell("credentials"), *r.cell("uses"), *r.cell("uses_after_end"), *r.cell("claimed_outcome") = strconv.Itoa(r.issued), strconv.Itoa(r.uses), strconv.Itoa(r.late), r.finished
+	claim, _ := of.account.Claim()
+	verdict, why := of.account.Verdict()
+	*r.cell("credentials"), *r.cell("uses"), *r.cell("uses_after_end") = strconv.Itoa(r.issued), strconv.Itoa(r.uses), strconv.Itoa(r.late)
+	*r.cell("claimed_outcome"), *r.cell("claim_verdict"), *r.cell("claim_why") = claim.Outcome, string(verdict), why
 	return t.row(0, t.steps, r.cells[:])
 }
 
@@ -326,27 +372,90 @@ func (t *Tables) decided(index int64, e *store.Entry, opened map[string]string, 
 	return nil
 }
 
-// used writes the row of a use.
-func (t *Tables) used(index int64, e *store.Entry, window bool) error {
-	if !window {
+// used takes a use. Its row is written at once, or where it is on the access path
+// with its result.
+func (t *Tables) used(index int64, e *store.Entry, opened map[string]string, window bool, r *stepRow) error {
+	if !window && r == nil {
 		return nil
 	}
 	d, err := store.DetailsAs[store.UsedDetails](e)
 	if err != nil {
 		return err
 	}
+	if r != nil {
+		r.uses++
+		if r.ended {
+			r.late++
+		}
+		t.byStep[r.key].account.Used(e, d.Via)
+	}
+	if !window {
+		return nil
+	}
 	outcome := ""
 	if e.Decision != nil {
 		outcome = string(e.Decision.Outcome)
 	}
-	return t.row(2, t.uses, []string{
+	u := &useRow{id: e.ID, request: e.Request, size: 768, done: d.Via != store.ViaGateway, cells: []string{
 		strconv.FormatInt(index, 10), e.Time.String(), e.Request, e.Run, e.Step, e.Orchestrator, e.Agent, e.Action, e.Resource, d.Via, d.By, d.Use, outcome, d.Intent,
-	})
+		d.Protocol, strings.Join(d.Objects, " "), text(e, opened, store.SealedStatement), "", "", "", "", "", "", "", d.Masking,
+	}}
+	if u.done && len(t.pending) == 0 {
+		return t.row(2, t.uses, u.cells)
+	}
+	for _, c := range u.cells {
+		u.size += len(c)
+	}
+	t.pending = append(t.pending, u)
+	t.pendingBytes += u.size
+	if !u.done {
+		t.awaited[u.id] = u
+	}
+	for len(t.pending) > maxPending.rows || t.pendingBytes > maxPending.bytes {
+		if err := t.oldest(); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
-// Close writes the rows that are still kept: those settled, and then by index
+// finished takes the results of uses, and writes the rows that waited for them.
+func (t *Tables) finished(e *store.Entry, outcomes []store.UseOutcome) error {
+	for i := range outcomes {
+		o := &outcomes[i]
+		u := t.awaited[o.Use]
+		if u == nil || u.request != e.Request {
+			continue // outside the window, or written already
+		}
+		number := func(n int64) string { return strconv.FormatInt(n, 10) }
+		copy(u.cells[usesStatus:], []string{o.Status, o.Error, number(o.Rows), number(o.Sent), number(o.Received), number(o.Masked), time.Duration(o.Took).String()})
+		u.done = true
+		delete(t.awaited, o.Use)
+	}
+	for len(t.pending) > 0 && t.pending[0].done {
+		if err := t.oldest(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// oldest writes the first row of a use that is kept, as it is.
+func (t *Tables) oldest() error {
+	u := t.pending[0]
+	t.pending[0] = nil // the row is not to live as long as the array
+	t.pending = t.pending[1:]
+	t.pendingBytes -= u.size
+	delete(t.awaited, u.id)
+	return t.row(2, t.uses, u.cells)
+}
+
+// Close writes the rows that are still kept: those of uses, those settled, and then by index
 // those of requests that had not ended.
 func (t *Tables) Close() error {
+	for t.err == nil && len(t.pending) > 0 {
+		t.err = t.oldest()
+	}
 	for t.err == nil && len(t.settled) > 0 {
 		t.err = t.settle()
 	}

@@ -140,6 +140,8 @@ uses=2
 uses_after_end=1
 claimed_outcome=succeeded
 status=revoked
+claim_verdict=agree
+claim_why=Claimed succeeded, and 2 uses were seen.
 --
 `)
 	same(t, show(t, approvals, ApprovalsColumns), `
@@ -357,4 +359,98 @@ func FuzzCell(f *testing.F) {
 			t.Fatalf("%q becomes %q: its text is another", s, c)
 		}
 	})
+}
+
+// passing is a use on the access path, named by its entry ID.
+func passing(m int, n, id string, opened ...string) told {
+	return say(m, store.CredentialUsed, n, store.UsedDetails{Intent: "i-" + n, Via: store.ViaGateway, By: "gateway", Use: "SELECT orders", Protocol: "postgres", Objects: []string{"orders", "customers"}, Masking: "sha256:mm"}, func(x *told) {
+		sealed(opened...)(x)
+		x.e.ID = id
+	})
+}
+
+func ending(m int, n string, outcomes ...store.UseOutcome) told {
+	return say(m, store.UseFinished, n, store.UseFinishedDetails{Outcomes: outcomes}, nil)
+}
+
+// cellsOf are the cells of a column.
+func cellsOf(t *testing.T, table string, columns []string, name string) (cells []string) {
+	t.Helper()
+	rows, err := csv.NewReader(strings.NewReader(table)).ReadAll()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, r := range rows[1:] {
+		cells = append(cells, r[slices.Index(columns, name)])
+	}
+	return cells
+}
+
+func TestAUseStandsWithWhatCameOfIt(t *testing.T) {
+	steps, _, uses := tables(t,
+		say(0, store.StepRequested, "1", store.RequestedDetails{Grant: store.Grant{Delivery: "gateway", Access: &store.Access{Protocol: "postgres"}}}, nil),
+		say(1, store.CredentialIssued, "1", store.IssuedDetails{Intent: "i-1"}, nil),
+		passing(2, "1", "u-1", store.SealedStatement, "-- all\nSELECT * FROM orders"),
+		passing(2, "1", "u-2", store.SealedStatement, Erased),
+		say(2, store.CredentialUsed, "1", store.UsedDetails{Intent: "i-1", Via: "introspection", By: "orders", Use: "GET /"}, nil),
+		passing(3, "1", "u-3"),
+		ending(4, "1", store.UseOutcome{Use: "u-2", Status: "SELECT 2", Rows: 2, Sent: 20, Received: 200, Masked: 4, Took: store.Duration(1500 * time.Microsecond)},
+			store.UseOutcome{Use: "u-1", Error: "42P01", Took: store.Duration(time.Millisecond)}),
+		ending(5, "1", store.UseOutcome{Use: "u-1", Status: "a second one"}),
+		ending(5, "2", store.UseOutcome{Use: "u-3", Status: "of another request"}),
+		say(6, store.StepFinished, "1", store.FinishedDetails{Outcome: "succeeded"}, func(x *told) { x.e.Request = "" }),
+	)
+	got := show(t, uses, UsesColumns)
+	if !strings.Contains(got, "protocol=postgres\nobjects=orders customers\nstatement='-- all\nSELECT * FROM orders\nerror=42P01\nrows=0\nsent=0\nreceived=0\nmasked=0\ntook=1ms\nmasking=sha256:mm\n--") {
+		t.Errorf("a failed use:\n%s", got)
+	}
+	if !strings.Contains(got, "statement=(erased)\nstatus=SELECT 2\nrows=2\nsent=20\nreceived=200\nmasked=4\ntook=1.5ms\n") {
+		t.Errorf("a use whose statement is erased:\n%s", got)
+	}
+	if at := cellsOf(t, uses, UsesColumns, "index"); !slices.Equal(at, []string{"12", "13", "14", "15"}) {
+		t.Errorf("the rows are of entries %v", at)
+	}
+	if status := cellsOf(t, uses, UsesColumns, "status"); !slices.Equal(status, []string{"", "SELECT 2", "", ""}) {
+		t.Errorf("the results are %q", status)
+	}
+	if v := cellsOf(t, steps, StepsColumns, "claim_verdict"); !slices.Equal(v, []string{"agree"}) { // the second result was the last
+		t.Errorf("the claims are %q", v)
+	}
+}
+
+func TestUsesThatWaitForTheirResultAreBounded(t *testing.T) {
+	defer func(old struct{ rows, bytes int }) { maxPending = old }(maxPending)
+	for name, most := range map[string]struct{ rows, bytes int }{"rows": {10, 1 << 30}, "bytes": {1 << 30, 10_000}} {
+		maxPending = most
+		var u bytes.Buffer
+		x := NewTables(io.Discard, io.Discard, &u)
+		ended := []told{}
+		for n := range 200 {
+			e := passing(0, "1", fmt.Sprint("u-", n), store.SealedStatement, "SELECT 1")
+			if err := x.Take(int64(n), &e.e, e.opened, true); err != nil {
+				t.Fatal(err)
+			}
+			if len(x.pending) > 16 || len(x.awaited) > 16 {
+				t.Fatalf("%s: %d uses are kept", name, len(x.pending))
+			}
+			ended = append(ended, ending(1, "1", store.UseOutcome{Use: e.e.ID, Status: "done"}))
+		}
+		for n := range ended {
+			if err := x.Take(int64(200+n), &ended[n].e, nil, true); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := x.Close(); err != nil || len(x.pending)+len(x.awaited)+x.pendingBytes != 0 {
+			t.Errorf("%s: %v, %d rows and %d bytes are kept at the end", name, err, len(x.pending), x.pendingBytes)
+		}
+		at, status := cellsOf(t, u.String(), UsesColumns, "index"), cellsOf(t, u.String(), UsesColumns, "status")
+		for n := range 200 {
+			if at[n] != fmt.Sprint(n) {
+				t.Fatalf("%s: row %d is of entry %s", name, n, at[n])
+			}
+		}
+		if status[0] != "" || status[199] != "done" {
+			t.Errorf("%s: the first result is %q, the last %q", name, status[0], status[199])
+		}
+	}
 }

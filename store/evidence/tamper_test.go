@@ -4,6 +4,7 @@ import (
 	"archive/zip"
 	"bytes"
 	"crypto/rand"
+	"encoding/base64"
 	"encoding/binary"
 	"fmt"
 	"hash/crc32"
@@ -44,11 +45,17 @@ func fitDigests(p *parcel) { p.fitManifest() }
 
 var (
 	part   = view{from: "5 issuing", to: "b3 requested"} // within the story of request 5
+	ofPath = view{from: "g used", to: "b3 requested"}
 	ofRun2 = view{filters: map[string]string{"run": "r-2"}}
 )
 
 // line finds the line of the window that belongs to the named entry.
 func (p *parcel) line(name string) int { return int(p.scribe.index[name] - p.m.Window.From) }
+
+// masked is the member that holds the masking rules of the stories.
+func masked() string {
+	return "masking/" + strings.TrimPrefix(pathGrant().Access.Masking.Digest(), "sha256:") + ".json"
+}
 
 // bendLine changes one line of entries.jsonl.
 func bendLine(name, old, new string) func(*parcel) {
@@ -229,6 +236,29 @@ var tamperings = []tampering{
 	{name: "a time moved", bend: bendLine("2 decided", `"time":"2026-07-01`, `"time":"2026-06-30`), fit: fitAll, kind: KindTime, at: "2 decided", python: true},
 	{name: "an entry made no entry", bend: bendLine("a5 used", `{"v":1`, `{"v":{}`), fit: fitAll, kind: KindMalformed, at: "a5 used", python: true},
 
+	// The access path.
+	{name: "a result dropped", bend: func(p *parcel) {
+		p.change(memberEntries, func(l [][]byte) [][]byte { return slices.Delete(l, p.line("g done"), p.line("g done")+1) })
+	}, fit: fitAll, kind: KindLeaf, at: "g done", python: true},
+	{name: "a result edited", bend: bendLine("h done", `"rows":3`, `"rows":2`), fit: fitAll, kind: KindLeaf, at: "h done", python: true},
+	{name: "a statement changed", bend: bendText("g used", replaced("SELECT email", "SELECT id")), fit: fitAll, kind: KindOpening, at: "g used"},
+	{name: "a statement dropped", bend: bendText("g refused", func([]byte) []byte { return nil }), fit: fitAll, kind: KindTextMissing, at: "g refused"},
+	{name: "a sample changed", bend: bendText("g done", replaced("[masked]", "a@b.example")), fit: fitAll, kind: KindOpening, at: "g done"},
+	{name: "a sample added", bend: func(p *parcel) {
+		at := p.scribe.index["h done"]
+		p.change(memberSealed, func(l [][]byte) [][]byte {
+			i := slices.IndexFunc(l, func(x []byte) bool {
+				digits, _, _ := bytes.Cut(bytes.TrimPrefix(x, []byte(`{"index":`)), []byte(","))
+				n, _ := strconv.ParseInt(string(digits), 10, 64)
+				return n > at
+			})
+			return slices.Insert(l, i, fmt.Appendf(nil, `{"index":%d,"field":"sample","salt":"%s","text":"none"}`+"\n", at, base64.StdEncoding.EncodeToString(make([]byte, 32))))
+		})
+	}, fit: fitAll, kind: KindOpening, at: "h done"},
+	{name: "a use's request left out of the context", v: ofPath, bend: dropContext("g requested"), fit: fitAll, kind: KindUse, at: "g used"},
+	{name: "a result told otherwise in the table", bend: func(p *parcel) { p.swap(memberUses, ",SELECT 3,", ",SELECT 9,") }, fit: fitDigests, kind: KindTable, at: "g used"},
+	{name: "a claim that is made to agree", bend: func(p *parcel) { p.swap(memberSteps, ",agree,", ",differ,") }, fit: fitDigests, kind: KindTable, at: "2 requested"},
+
 	// The checkpoint.
 	{name: "signed with another key", bend: func(p *parcel) {
 		skey, _, _ := note.GenerateKey(rand.Reader, origin)
@@ -327,7 +357,15 @@ var tamperings = []tampering{
 		p.set(name, []byte("x"))
 		p.names = slices.Insert(p.names[:len(p.names)-1], slices.Index(p.names, memberMasking), name)
 	}, fit: fitDigests, kind: KindPolicy},
-	{name: "masking that was not", bend: func(p *parcel) { p.data[memberMasking] = []byte(`{"rules":[{}]}`) }, fit: fitDigests, kind: KindMember},
+	{name: "masking that was not", bend: func(p *parcel) { p.data[memberMasking] = []byte(`{"rules":[{}]}`) }, fit: fitDigests, kind: KindMasking},
+	{name: "a count of masked uses changed", bend: func(p *parcel) { p.swap(memberMasking, `"uses":4`, `"uses":3`) }, fit: fitDigests, kind: KindMasking},
+	{name: "masking rules edited", bend: func(p *parcel) { p.swap(masked(), "email", "phone") }, fit: fitDigests, kind: KindMasking},
+	{name: "masking rules dropped", bend: func(p *parcel) { p.remove(masked()) }, fit: fitDigests, kind: KindMasking},
+	{name: "masking rules that nobody granted", bend: func(p *parcel) {
+		name := "masking/" + textDigest("x")[7:] + ".json"
+		p.set(name, []byte("x"))
+		p.names = slices.Insert(p.names[:len(p.names)-1], slices.Index(p.names, memberMasking), name)
+	}, fit: fitDigests, kind: KindMasking},
 
 	// The manifest.
 	{name: "another root in the manifest", bend: manifestLie(func(m *manifest) { m.Root = "AAAA" + m.Root[4:] }), kind: KindManifest, python: true},
@@ -494,6 +532,45 @@ var tamperings = []tampering{
 	{name: "a use by another request's credential", log: then("a5 issued", func(s *scribe) {
 		s.put("late", "broker-1", s.of(store.CredentialUsed, "2", "r-2", "orders:write", store.Allow, store.UsedDetails{Intent: s.ids["a5 issuing"], Via: "introspection", By: "orders", Use: "GET /again"}))
 	}), kind: KindUse, at: "late"},
+	{name: "a result twice", log: then("g done", func(s *scribe) { s.results("again", "g", "r-g", "", "g used") }), kind: KindUse, at: "again"},
+	{name: "two results in one", log: details("g done", func(d *store.UseFinishedDetails) { d.Outcomes = append(d.Outcomes, d.Outcomes[0]) }), kind: KindUse, at: "g done"},
+	{name: "a result of no use", log: details("g done", func(d *store.UseFinishedDetails) { d.Outcomes[0].Use = store.NewID() }), kind: KindUse, at: "g done"},
+	{name: "a result of what is no use", log: func(s *scribe) {
+		s.edit["g done"] = func(e *store.Submission) {
+			e.SetDetails(store.UseFinishedDetails{Outcomes: []store.UseOutcome{{Use: s.ids["g issuing"]}}})
+		}
+	}, kind: KindUse, at: "g done"},
+	{name: "a result before its use", log: then("g issued", func(s *scribe) {
+		s.edit["g used"] = func(e *store.Submission) { e.ID = "0190a000-0000-7000-8000-0000000000aa" }
+		s.ids["g used"] = "0190a000-0000-7000-8000-0000000000aa"
+		s.results("early", "g", "r-g", "", "g used")
+	}), kind: KindUse, at: "early"},
+	{name: "a result in another request's name", log: then("h issued", func(s *scribe) { s.results("stray", "h", "r-h", "", "g cut") }), kind: KindUse, at: "stray"},
+	{name: "a result that tells of nothing", log: details("g done", func(d *store.UseFinishedDetails) { d.Outcomes = nil }), kind: KindMalformed, at: "g done"},
+	{name: "a use moved to another credential", log: func(s *scribe) {
+		s.edit["h used"] = func(e *store.Submission) {
+			d, _ := store.DetailsAs[store.UsedDetails](&e.Entry)
+			d.Intent = s.ids["g issuing"]
+			e.SetDetails(d)
+		}
+	}, kind: KindUse, at: "h used"},
+	{name: "a use on the access path by a secret that was handed out", log: details("5 used", func(d *store.UsedDetails) { d.Via = store.ViaGateway }), kind: KindUse, at: "5 used"},
+	{name: "a use on the access path after the end", log: then("g revoked", func(s *scribe) {
+		s.now = s.now.Add(time.Minute)
+		s.passes("late", "g", "r-g")
+	}), kind: KindUse, at: "late"},
+	{name: "a use under other rules", log: details("g used", func(d *store.UsedDetails) { d.Access = "sha256:00" }), kind: KindUse, at: "g used"},
+	{name: "a use under another masking", log: details("g used", func(d *store.UsedDetails) { d.Masking = "sha256:00" }), kind: KindMasking, at: "g used"},
+	{name: "a use that was not masked", log: details("g used", func(d *store.UsedDetails) { d.Masking = "" }), kind: KindMasking, at: "g used"},
+	{name: "a refusal to another's credential", log: func(s *scribe) {
+		s.edit["g refused"] = func(e *store.Submission) {
+			d, _ := store.DetailsAs[store.RefusedDetails](&e.Entry)
+			d.Intent = s.ids["h issuing"]
+			e.SetDetails(d)
+		}
+	}, kind: KindUse, at: "g refused"},
+	{name: "an alert of no form", log: lie("alert", func(e *store.Submission) { e.Details = []byte(`{"alert":7}`) }), kind: KindMalformed, at: "alert"},
+	{name: "a grant for the access path that leads nowhere", log: details("h requested", func(d *store.RequestedDetails) { d.Grant.Access = nil }), kind: KindMalformed, at: "h requested"},
 	{name: "a decision in another's name", log: lie("5 decided", func(e *store.Submission) { e.Seal(store.SealedPerson, "user:carol") }), kind: KindPerson, at: "5 decided"},
 	{name: "one person in two seats", log: func(s *scribe) {
 		two := ruleFor()

@@ -77,11 +77,12 @@ const (
 	KindOrder       = "order"         // an entry breaks the order of the record
 	KindSignature   = "signature"     // a decision's passkey signature does not hold, or an enrolment's story
 	KindPerson      = "person"        // one pseudonym with two names, or one person in two seats
-	KindUse         = "use-outside"   // a use outside its credential's life, or by another's
+	KindUse         = "use-outside"   // a use outside its credential's life, or by another's, or a result of none
 	KindHold        = "hold"          // a hold that holds nothing, or is lifted without having been placed
 	KindErasure     = "erasure"       // texts erased before their time, under a hold, or without retention
 	KindRule        = "rule"          // fewer people asked than the catalogue in force wants
 	KindPolicy      = "policy"        // a catalogue or policy is not the one that its entry names
+	KindMasking     = "masking"       // masking rules are not those that grants and uses name
 	KindAnchor      = "anchor"        // the login behind a passkey was not signed by the provider given
 	KindMember      = "member"        // a bundle's member is missing, doubled, unexpected or unreadable
 	KindDigest      = "digest"        // a member is not the file that the manifest names

@@ -101,6 +101,7 @@ func verifyBundle(ctx context.Context, b *bundle, r *Report, o *Options) (*Repor
 	p.counts(d)
 	p.edges()
 	b.policies(d.policies)
+	b.masking(&d.maskings)
 	b.rest()
 	return r.done(), nil
 }
@@ -505,7 +506,7 @@ func (p *pipeline) counts(d *derivation) {
 // derivationNow numbers what tables and report are made of entries as: raised
 // by every change that makes either other bytes of the same entries, so that a
 // bundle made before it is not taken for a tampered one.
-const derivationNow = 1
+const derivationNow = 2
 
 // derivation derives tables, report and policies from the entries again.
 type derivation struct {
@@ -514,7 +515,8 @@ type derivation struct {
 	report   *report.Report
 	files    [3]*comparison
 	policies map[string]bool // members that the record names
-	broken   bool            // an entry cannot be told in a table
+	maskings maskings
+	broken   bool // an entry cannot be told in a table
 }
 
 func newDerivation(b *bundle) *derivation {
@@ -530,6 +532,7 @@ func (d *derivation) take(it *piece) {
 	if it.entry == nil || d.broken {
 		return
 	}
+	_ = d.maskings.take(it.entry, it.window, nil)
 	err := d.tables.Take(it.index, it.entry, it.opened, it.window)
 	if err == nil {
 		err = d.report.Take(it.index, it.entry, it.opened, it.window)
@@ -697,17 +700,39 @@ func (b *bundle) policies(due map[string]bool) {
 	}
 }
 
-// rest checks the members that nothing else has read.
-func (b *bundle) rest() {
+// masking compares the masking rules with those of the grants on record.
+func (b *bundle) masking(due *maskings) {
+	files := due.files()
 	for _, name := range b.names {
-		if maskingName.MatchString(name) && name != memberMasking {
-			b.digest(name)
-			b.r.add(NoIndex, KindMember, "%s: no entry of the record names masking rules", name)
+		digest, ok := strings.CutPrefix(name, "masking/")
+		if !ok || name == memberMasking {
+			continue
+		}
+		digest = strings.TrimSuffix(digest, ".json")
+		m := b.open(name)
+		m.close()
+		if sum := hex.EncodeToString(m.sum.Sum(nil)); sum != digest {
+			b.r.add(NoIndex, KindMasking, "%s holds other rules: its SHA-256 is %s", name, sum)
+		}
+		if !slices.Contains(files, digest) {
+			b.r.add(NoIndex, KindMasking, "%s is in no grant of the bundle", name)
 		}
 	}
-	if b.members[memberMasking] != nil && string(b.small(memberMasking, maxSmall)) != "{\"rules\":[]}\n" {
-		b.r.add(NoIndex, KindMember, "%s: no entry of the record names masking rules, and it is not empty", memberMasking)
+	for _, digest := range files {
+		if b.members["masking/"+digest+".json"] == nil {
+			b.r.add(NoIndex, KindMasking, "masking/%s.json, which a grant of the window has, is missing", digest)
+		}
 	}
+	if b.members[memberMasking] != nil {
+		c := &comparison{m: b.open(memberMasking), line: 1}
+		_, _ = c.Write(due.index())
+		c.finish(KindMasking)
+		c.m.close()
+	}
+}
+
+// rest checks the members that nothing else has read.
+func (b *bundle) rest() {
 	if b.members[memberVerify] != nil && string(b.small(memberVerify, maxSmall)) != verifyText {
 		b.r.note("VERIFY.md is another text than this program's: it may be of another version, or have been changed. Follow this program's own, not the bundle's")
 	}

@@ -160,6 +160,7 @@ func TestTablesOfAnotherVersionAreUncheckedAndNotTakenForTamperedOnes(t *testing
 // derivation: the columns, and the report of an eventful log.
 var derived = map[int]string{
 	1: "7df6949e58ebe1e9c602c0aa95c8bff1b4b28c654cc74fb9277657c907ffcbd7",
+	2: "7594b5571aa9516fbb86afdbd09cb8fdea5b4338efea555baf5c53d60c965bc7",
 }
 
 func TestWhatIsDerivedOtherwiseHasAnotherNumber(t *testing.T) {

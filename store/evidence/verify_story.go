@@ -47,9 +47,12 @@ type judge struct {
 	holds     map[string]*hold
 	retention map[string]map[string]store.Duration // by writer, the last one on record
 
-	lives  map[id]*life     // by intent
-	levels map[id]uint16    // by request, the number of the sensitivity that it was asked with
-	people map[string]named // by pseudonym
+	lives  map[id]*life       // by intent
+	access map[id]*access     // by request, of those whose secret stays on the access path
+	rules  map[access]*access // each once
+	open   map[id]id          // uses on the access path without a result, and the request of each
+	levels map[id]uint16      // by request, the number of the sensitivity that it was asked with
+	people map[string]named   // by pseudonym
 
 	catalogues map[string]func(string) (*store.Rule, string, bool) // by digest of the catalogue
 	policies   map[string]string                                   // digest of catalogue and policy, to that of the catalogue
@@ -104,6 +107,9 @@ type undecided struct {
 	decide func(func(scope string) (*store.Rule, string, bool))
 }
 
+// access are the digests of what the access path does for a grant.
+type access struct{ access, masking string }
+
 // life is a credential's.
 type life struct {
 	request id
@@ -116,7 +122,7 @@ func newJudge(r *Report, o *Options, whole, texts bool) (*judge, error) {
 		r: r, o: o, origin: r.Origin, whole: whole, texts: texts,
 		state: store.NewReplay(), keys: store.NewPasskeys(r.Origin), ids: map[id]int64{},
 		runs: map[string]uint32{}, numbers: map[string]uint16{}, scopes: map[string]uint16{}, holds: map[string]*hold{}, retention: map[string]map[string]store.Duration{},
-		lives: map[id]*life{}, levels: map[id]uint16{}, people: map[string]named{}, catalogues: map[string]func(string) (*store.Rule, string, bool){}, policies: map[string]string{},
+		lives: map[id]*life{}, access: map[id]*access{}, rules: map[access]*access{}, open: map[id]id{}, levels: map[id]uint16{}, people: map[string]named{}, catalogues: map[string]func(string) (*store.Rule, string, bool){}, policies: map[string]string{},
 		known: map[string]bool{}, undecided: map[string][]undecided{}, standing: map[string]*store.Rule{},
 	}
 	var err error
@@ -157,6 +163,9 @@ func (j *judge) take(index int64, leaf []byte, e *store.Entry, opened map[string
 	switch e.Type {
 	case store.StepRequested, store.ApprovalRequested, store.CredentialIssuing:
 		j.ruled(index, e)
+		if e.Type == store.StepRequested {
+			j.granted(index, e)
+		}
 		if e.Type == store.StepRequested && e.Decision != nil {
 			j.inForce.decided(index, e)
 		}
@@ -176,6 +185,14 @@ func (j *judge) take(index int64, leaf []byte, e *store.Entry, opened map[string
 		j.lived(e)
 	case store.CredentialUsed:
 		j.used(index, e)
+	case store.UseFinished:
+		j.finished(index, e)
+	case store.AccessRefused:
+		j.refused(index, e)
+	case store.AlertRaised:
+		if _, err := store.DetailsAs[store.AlertDetails](e); err != nil {
+			r.add(index, KindMalformed, "%v", err)
+		}
 	case store.PolicyLoaded:
 		j.policy(index, e, opened)
 	case store.PasskeyEnrolled:
@@ -217,6 +234,9 @@ func (j *judge) used(index int64, e *store.Entry) {
 		j.tally.nameless++ // it says nothing of a credential
 		return
 	}
+	if d.Via == store.ViaGateway {
+		j.passed(index, e, &d)
+	}
 	l := j.lives[idOf(d.Intent)]
 	switch {
 	case l == nil:
@@ -227,6 +247,81 @@ func (j *judge) used(index int64, e *store.Entry) {
 		j.r.add(index, KindUse, "a use at %s of a credential that ended at %s", e.Time, l.ended)
 	case !j.before(e, l.expires):
 		j.r.add(index, KindUse, "a use at %s of a credential that was good until %s", e.Time, l.expires)
+	}
+}
+
+// granted keeps which rules of the access path stand in a request's grant.
+func (j *judge) granted(index int64, e *store.Entry) {
+	a, err := store.GrantedAccess(e)
+	if err != nil {
+		j.r.add(index, KindMalformed, "%v", err)
+	}
+	if a == nil {
+		return
+	}
+	x := access{a.Digest(), a.Masking.Digest()}
+	if j.rules[x] == nil {
+		j.rules[x] = &x
+	}
+	j.access[idOf(e.Request)] = j.rules[x]
+}
+
+// passed judges a use on the access path by what was granted: the same rules in
+// force, the same masking. Its result is to come.
+func (j *judge) passed(index int64, e *store.Entry, d *store.UsedDetails) {
+	j.open[idOf(e.ID)] = idOf(e.Request)
+	switch a := j.access[idOf(e.Request)]; {
+	case a == nil:
+		j.r.add(index, KindUse, "a use on the access path, and no grant of its request leads there")
+	case d.Access != a.access:
+		j.r.add(index, KindUse, "it names the rules %.100q, its grant has %s", d.Access, a.access)
+	case d.Masking != a.masking && d.Masking == "":
+		j.r.add(index, KindMasking, "it was not masked, and its grant has the masking %s", a.masking)
+	case d.Masking != a.masking:
+		j.r.add(index, KindMasking, "it names the masking %.100q, its grant has %q", d.Masking, a.masking)
+	}
+}
+
+// finished judges results: each is of a use of the same request that is on
+// record before it, and has no other.
+func (j *judge) finished(index int64, e *store.Entry) {
+	d, err := store.DetailsAs[store.UseFinishedDetails](e)
+	if err != nil {
+		j.r.add(index, KindMalformed, "%v", err)
+		return
+	}
+	if len(d.Outcomes) == 0 || len(d.Outcomes) > store.MaxOutcomes {
+		j.r.add(index, KindMalformed, "it tells of %d uses, 1 to %d are due", len(d.Outcomes), store.MaxOutcomes)
+	}
+	for i := range d.Outcomes {
+		use := idOf(d.Outcomes[i].Use)
+		request, open := j.open[use]
+		at, known := j.ids[use]
+		switch {
+		case open && request == idOf(e.Request):
+			delete(j.open, use)
+		case open:
+			j.r.add(index, KindUse, "a result of entry %d, which is a use of another request", at)
+		case known && at < index:
+			j.r.add(index, KindUse, "a result of entry %d, which has one already or is no use on the access path", at)
+		default:
+			j.r.add(index, KindUse, "a result of use %.100q, which is not on record before it", d.Outcomes[i].Use)
+		}
+	}
+}
+
+// refused judges what a guard refused: it names a credential of its request.
+func (j *judge) refused(index int64, e *store.Entry) {
+	d, err := store.DetailsAs[store.RefusedDetails](e)
+	if err != nil {
+		j.r.add(index, KindMalformed, "%v", err)
+		return
+	}
+	if d.Intent == "" {
+		return
+	}
+	if l := j.lives[idOf(d.Intent)]; l == nil || l.request != idOf(e.Request) {
+		j.r.add(index, KindUse, "a refusal to intent %.100q, of which its request had no credential", d.Intent)
 	}
 }
 
