@@ -37,6 +37,8 @@ type serveConfig struct {
 	Orchestrators callersConfig  `yaml:"orchestrators"`
 	FirstTTL      time.Duration  `yaml:"first_ttl"` // of a child token until its issuance is on record; also the grace for abandoned intents
 	Drain         time.Duration  `yaml:"drain"`     // how long SIGTERM waits for calls under way
+
+	Gateway *gatewayConfig `yaml:"gateway"` // none: no access path
 }
 
 // recordConfig is the file of `countersign record`.
@@ -162,6 +164,9 @@ func (c *serveConfig) check() error {
 		if err := secureURL(kv[1]); err != nil {
 			return fmt.Errorf("%s: %w", kv[0], err)
 		}
+	}
+	if c.Gateway != nil {
+		return c.Gateway.check()
 	}
 	return nil
 }

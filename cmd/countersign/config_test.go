@@ -28,6 +28,13 @@ orchestrators:
       orchestrators: [{match: {repository: acme/deploy}, orchestrator: ci, owners: ["user:ada"]}]
 first_ttl: 60s
 drain: 20s
+gateway:
+  http: {listen: {addr: 0.0.0.0:8789, cert: tls.pem, key: tls.key}, url: "https://gateway.example.com:8789/"}
+  postgres: {listen: {addr: 127.0.0.1:8790}, address: gateway.example.com:8790}
+  mcp: {listen: {addr: 127.0.0.1:8791}, url: http://127.0.0.1:8791}
+  upstreams: {orders.internal: "10.0.3.7:5432"}
+  ca_file: targets.pem
+  max_sessions: 100
 `
 
 const wholeRecord = `
@@ -95,6 +102,14 @@ func TestAConfigurationThatShouldNotRunIsRefusedWithItsPlace(t *testing.T) {
 		{"two logins to Vault", "namespace: n", "namespace: n, token_file: t", "either token_file or approle"},
 		{"two Redis", "embedded: true", "embedded: true, url_file: r", "either url_file"},
 		{"no Redis", "redis: {embedded: true}", "", "either url_file"},
+		{"a gateway in the clear", "0.0.0.0:8789, cert: tls.pem, key: tls.key", "0.0.0.0:8789", "gateway.http: listen.addr 0.0.0.0:8789"},
+		{"tokens in the clear", `"https://gateway`, `"http://gateway`, "gateway.http: url: "},
+		{"a gateway below a path", "com:8789/", "com:8789/api", "more than scheme, host and port"},
+		{"a gateway without URL", ", url: http://127.0.0.1:8791", "", "gateway.mcp: url: "},
+		{"a gateway at no address", "address: gateway.example.com:8790", "address: gateway.example.com", "gateway.postgres: address: "},
+		{"an upstream without port", `"10.0.3.7:5432"`, "10.0.3.7", "gateway.upstreams.orders.internal: "},
+		{"an upstream for a port", "{orders.internal:", `{"orders.internal:5432":`, "is not a host"},
+		{"fewer sessions than none", "max_sessions: 100", "max_sessions: -1", "gateway.max_sessions"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			text := strings.Replace(wholeServe, c.old, c.new, 1)

@@ -23,6 +23,7 @@ import (
 	"github.com/countersign-dev/countersign/api/server"
 	"github.com/countersign-dev/countersign/api/steps"
 	"github.com/countersign-dev/countersign/broker"
+	"github.com/countersign-dev/countersign/broker/gateway"
 	"github.com/countersign-dev/countersign/issuer"
 	"github.com/countersign-dev/countersign/scopes"
 	"github.com/countersign-dev/countersign/store"
@@ -111,6 +112,11 @@ func (c *serveConfig) options(log *zap.Logger) (*machinesOptions, error) {
 			return nil, fmt.Errorf("redis.url_file: %w", err)
 		}
 	}
+	if c.Gateway != nil {
+		if o.gateway, err = c.Gateway.options(); err != nil {
+			return nil, err
+		}
+	}
 	return o, nil
 }
 
@@ -161,6 +167,7 @@ type machinesOptions struct {
 	vault                          issuer.Config // address and login; an empty address: none
 	redis                          string        // URL; empty: embedded
 	firstTTL                       time.Duration
+	gateway                        *gateway.Config // the access path, but for what it shares with the broker; nil: none
 	log                            *zap.Logger
 }
 
@@ -170,6 +177,7 @@ type machines struct {
 	identity *issuer.Identity
 	issuer   *issuer.Issuer
 	inflight *inflight.Store
+	gateway  *gateway.Gateway // nil: no access path
 	broker   *broker.Broker
 	refusals *auth.Refusals
 	handler  http.Handler
@@ -198,9 +206,14 @@ func openMachines(ctx context.Context, o *machinesOptions) (_ *machines, err err
 	if m.inflight, err = inflight.Open(inflight.Options{URL: o.redis}); err != nil {
 		return nil, err
 	}
+	if o.gateway != nil {
+		c := *o.gateway
+		c.Recorder, c.TrustDomain, c.Log = o.recorder, o.trustDomain, o.log.Named("gateway")
+		m.gateway = gateway.New(c)
+	}
 	m.broker, err = broker.New(broker.Config{
 		Writer: o.writer, TrustDomain: o.trustDomain, Recorder: o.recorder, Issuer: m.issuer, Scopes: o.scopes,
-		Inflight: m.inflight, Identity: m.identity, PeopleURL: o.peopleURL, PrivacyKey: o.privacyKey, Grace: o.firstTTL, Log: o.log.Named("broker"),
+		Inflight: m.inflight, Identity: m.identity, Gateway: m.gateway, PeopleURL: o.peopleURL, PrivacyKey: o.privacyKey, Grace: o.firstTTL, Log: o.log.Named("broker"),
 	})
 	if err != nil {
 		return nil, err
@@ -248,6 +261,9 @@ func (m *machines) close() {
 	}
 	if m.broker != nil {
 		_ = m.broker.Close()
+	}
+	if m.gateway != nil {
+		m.gateway.Close() // what came of uses is on record before it returns
 	}
 	if m.inflight != nil {
 		_ = m.inflight.Close()
