@@ -48,7 +48,9 @@ func AccessInWords(a *store.Access) []Told {
 	if h := a.HTTP; h != nil {
 		var routes []string
 		for _, r := range h.Routes {
-			routes = append(routes, strings.Join(r.Methods, ", ")+"  "+strings.Join(r.Paths, "  "))
+			for _, path := range r.Paths {
+				routes = append(routes, strings.Join(r.Methods, ", ")+" "+path)
+			}
 		}
 		tell("May be asked for", append(routes, "GET allows HEAD too; * is one segment, and any number of them at the end")...)
 		if h.Upgrade {

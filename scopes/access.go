@@ -264,8 +264,11 @@ func (r *reader) inject(at ast.Node, m fields, ways ...string) *store.Inject {
 				r.bad(v, fmt.Sprintf("{{%s}} is not the name of a field of the secret", clip(m[1])), "write it as Vault has it, without spaces: {{key}}")
 			}
 		}
-		if rest := secretField.ReplaceAllString(s, ""); strings.Contains(rest, "{{") || strings.Contains(rest, "}}") {
-			r.bad(v, key+" holds {{ or }} that is no {{name}}", "write {{name}} where a field of the secret is due")
+		switch rest := secretField.ReplaceAllString(s, ""); {
+		case strings.ContainsAny(rest, "{}"):
+			r.bad(v, key+" holds a brace that is of no {{name}}", "write {{name}} where a field of the secret is due, and no other brace")
+		case key == "username" && strings.Contains(rest, ":"):
+			r.bad(v, "username holds a colon, which ends it", "take it out (RFC 7617, section 2)")
 		}
 	}
 	if fields == 0 && in.In != "sigv4" {

@@ -147,6 +147,7 @@ func TestEveryMistakeOfACatalogueIsToldWithItsPlaceAndItsRemedy(t *testing.T) {
 		{"a header with a line break in its name", inject("{in: header, name: \"X: y\", value: \"{{key}}\"}")},
 		{"an inject without a secret", inject("{in: header, name: X-Api-Key, value: key}")},
 		{"templates of a secret that are none", inject("{in: basic, username: \"{{ user }}\", password: \"{{key\"}")},
+		{"a user name that ends early, and braces too many", inject("{in: basic, username: \"a:b\", password: \"{{{key}}}\"}")},
 		{"an inject with the keys of another", inject("{in: query, name: \"a&b\", username: \"{{key}}\"}")},
 		{"a signature for nobody", inject("{in: sigv4, region: \"EU Central\"}")},
 		{"a signature towards an MCP server", kv + "    access: {protocol: mcp, upstream: \"http://t.internal\", tools: [x], inject: {in: sigv4, region: eu-central-1, service: x}}\n"},

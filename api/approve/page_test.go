@@ -357,7 +357,7 @@ func TestWhatTheGatewayLetsThroughAndHidesIsSaidInWords(t *testing.T) {
 	for _, want := range []string{
 		"a connection may be upgraded", "UPDATE and DELETE may go without one", "* (every table)", "refund_order, where mcp:demo-refund is granted for the call",
 		"email, in any object or table", "$.customers[*].phone, in JSON", "the column orders.address", "values of the type jsonb", "what looks like an IBAN (iban)",
-		"the first 2049 bytes of each body, masked", "GET, PROPFIND  /orders/*  /customers", "password: {{pass}}", "whose certificate can be verified", p.req.Grant.Access.Digest(),
+		"the first 2049 bytes of each body, masked", "GET, PROPFIND /orders/*", "GET, PROPFIND /customers", "password: {{pass}}", "whose certificate can be verified", p.req.Grant.Access.Digest(),
 	} {
 		if !strings.Contains(a.text(), want) {
 			t.Errorf("the page does not say %q", want)

@@ -17,7 +17,7 @@ func TestATerminalIsShownAllThatTheGatewayLetsThroughAndHides(t *testing.T) {
 		t.Fatal(err)
 	}
 	for name, wants := range map[string][]string{
-		"http:demo":       {"gateway goes to  http://demo.internal\n", "in: header\n", "value: Bearer {{key}}\n", "GET  /  /customers  /customers/*\n", "email, in any object or table\n", "Content-Type\n", "first 1024 bytes of each body, masked\n"},
+		"http:demo":       {"gateway goes to  http://demo.internal\n", "in: header\n", "value: Bearer {{key}}\n", "GET /customers/*\n", "email, in any object or table\n", "Content-Type\n", "first 1024 bytes of each body, masked\n"},
 		"orders-db:write": {"127.0.0.1:5432/orders\n", "off: without TLS", "statements       select, insert, update, delete\n", "tables           orders\n", "the column orders.email\n"},
 		"mcp:demo":        {"http://mcp.demo.internal\n", "lookup_order\n", "refund_order, where mcp:demo-refund is granted for the call\n", "what looks like an e-mail address (email)\n"},
 	} {
