@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"html/template"
 	"maps"
+	"math"
 	"net/http"
 	"net/url"
 	"slices"
@@ -125,9 +126,10 @@ type item struct {
 	Said    string // the reason or summary, or its beginning
 	Cut     int    // how many characters of it are left out
 	Missing []string
-	Sign    *signature // of a decision
-	Asked   string     // another request that this one draws on
-	Intent  string     // of the credential
+	Sign    *signature        // of a decision
+	Asked   string            // another request that this one draws on
+	Intent  string            // of the credential
+	Outcome *store.UseOutcome // of a use, where it is at hand
 }
 
 // read makes an item of an entry. Whole texts are for a story, beginnings for a
@@ -145,8 +147,17 @@ func read(e *ledger.HistoryEntry, whole bool) (*item, error) {
 	if it.Said == "" {
 		it.Said = e.Opened[store.SealedSummary]
 	}
+	most := math.MaxInt
+	for _, field := range []string{store.SealedStatement, store.SealedSample} {
+		if text := e.Opened[field]; it.Said == "" && text != "" {
+			it.Said, most = text, maxStatement
+		}
+	}
 	if !whole {
-		it.Said, it.Cut = page.Begin(it.Said, maxSaid)
+		most = maxSaid
+	}
+	if len(it.Said) > most {
+		it.Said, it.Cut = page.Begin(it.Said, most)
 	}
 	for _, field := range slices.Sorted(maps.Keys(x.Sealed)) {
 		if _, ok := e.Opened[field]; !ok {
@@ -158,6 +169,10 @@ func read(e *ledger.HistoryEntry, whole bool) (*item, error) {
 		it.Intent = x.ID
 	case store.CredentialIssued, store.CredentialUsed, store.CredentialRevoked, store.CredentialExpired, store.CredentialFailed, store.CredentialAbandoned:
 		it.Intent = details[store.ClosedDetails](x).Intent // all of them have it
+	case store.AccessRefused:
+		it.Intent = details[store.RefusedDetails](x).Intent
+	case store.AlertRaised:
+		it.Intent = details[store.AlertDetails](x).Intent
 	case store.StepRequested:
 		if use := details[store.RequestedDetails](x).Standing; use != nil {
 			it.Asked = use.Request

@@ -147,7 +147,7 @@ func TestAStepsStoryIsToldFromRequestToLastUse(t *testing.T) {
 		"The policy says writes outside the change window", "Must approve 2 people of group dba", "Checked with finance. Looks right.",
 		"signed with a passkey, checked just now", "not signed with a passkey", "user:alice", "user:bob", "Rotate the demo key, OPS-1234.",
 		"write secret/data/demo", "orders-api, introspection", "The orchestrator says of the step: succeeded", "The key is rotated.", "Because step finished",
-		"Uses seen: 1.", "is one that a credential of this step was for")
+		"Uses seen: 1.", "Claimed, and observed agree", "Claimed succeeded at vault://secret/data/demo, and 1 use was seen.")
 	text := words(page)
 	last := -1
 	for _, s := range []string{"The step asked, and people have to approve", "People were asked to approve", "Checked with finance", "The broker put on record that it was about to mint",
@@ -166,6 +166,73 @@ func TestAStepsStoryIsToldFromRequestToLastUse(t *testing.T) {
 	has(t, w.page(personURL("user:alice")), key.Pseudonym("user:alice"), "A person approved", "Decisions by people: 1", "signed with a passkey, checked just now")
 	has(t, w.page(personURL(key.Pseudonym("user:bob"))), "user:bob", "not signed with a passkey")
 	has(t, w.page(credentialURL(f.intent)), "Uses of credentials: 1", "The credential was used", "Vault accessor acc-"+f.request)
+}
+
+func TestAStoryTellsEachUseWithWhatCameOfIt(t *testing.T) {
+	w := newWorld(t)
+	f := w.path("run-1", "read-orders")
+	uses := f.pass("SELECT id FROM orders WHERE note = '<script>'", "SELECT broken", "COPY orders TO STDOUT", "SELECT "+strings.Repeat("x", 5000))
+	sampled := f.entry(store.UseFinished, store.Allow, store.UseFinishedDetails{Outcomes: []store.UseOutcome{{Use: uses[0].ID, Status: "SELECT 3", Rows: 3, Received: 2048, Masked: 6, Took: store.Duration(1234 * time.Microsecond)}}})
+	sampled.Seal(store.SealedSample, "1 | [masked]")
+	refused := f.entry(store.AccessRefused, store.Allow, store.RefusedDetails{Method: "postgres", Route: "DELETE orders", Problem: "scope-denied", Remote: "192.0.2.7", Intent: f.intent, Reason: "statements of this kind are not let through", Folded: 2})
+	refused.Seal(store.SealedStatement, "DELETE FROM orders")
+	w.append(broker, sampled, f.entry(store.UseFinished, store.Allow, store.UseFinishedDetails{Outcomes: []store.UseOutcome{
+		{Use: uses[3].ID, Status: "SELECT 1", Took: store.Duration(time.Millisecond)}, {Use: uses[1].ID, Error: "42P01", Took: store.Duration(time.Millisecond)}}}), refused)
+	f.revoke("step finished")
+	f.finish("succeeded", "all is read")
+	page := w.page(storyURL(f.run, f.step))
+	has(t, page, "4 uses on record", "1 use failed.", "6 values masked in what came back.", "Guards refused 3 attempts before the target was reached.",
+		"SELECT id FROM orders WHERE note = '<script>'", "What came of it SELECT 3, 3 rows, 6 values masked, 2,048 bytes out, 1.234ms", "What came back, masked 1 | [masked]",
+		"What came of it failed: 42P01, 1ms", "What came of it No result of it is told here.", "Masked by the rules "+f.grant.Access.Masking.Digest(), "(goes on: 3507 more characters in the entry)",
+		"A guard refused what the step asked of its target", "DELETE FROM orders", "Guard statements of this kind are not let through", "Masked the column orders.email",
+		"Claimed, and observed differ", "Claimed succeeded at postgres://orders, and the last use failed (42P01), 1 of 3; 3 attempts were refused; what came of 1 use is not on record.")
+	if strings.Contains(words(page), "What came of 2 uses") {
+		t.Error("results that stand with their uses are told again")
+	}
+	has(t, w.page(credentialURL(f.intent)), "Uses of credentials: 4", "Results put on record: 2", "What came of it SELECT 3, 3 rows", "A guard refused what the step asked of its target")
+	has(t, w.page("/history?type=use.finished"), "What came of 2 uses, 1 of which failed")
+	has(t, w.page("/history?type=credential.used"), "The credential was used on the access path", "COPY orders TO STDOUT")
+
+	_, body := w.get(auth.Reviewer, "application/json", storyURL(f.run, f.step))
+	var got struct {
+		client.HistoryPage
+		Claim *claim `json:"claim"`
+	}
+	ok(t, json.Unmarshal([]byte(body), &got))
+	if c := got.Claim; c == nil || c.Verdict != store.Differ || c.Claimed != "succeeded" || !strings.Contains(c.Why, "42P01") || len(got.Entries) != 12 {
+		t.Errorf("%+v of %d entries", c, len(got.Entries))
+	}
+	if _, body := w.get(auth.Reviewer, "application/json", "/history?step=read-orders"); strings.Contains(body, `"claim":`) {
+		t.Error("the history itself claims something")
+	}
+}
+
+func TestAStoryOfVeryManyUsesSaysHowManyAndIsJudgedWhole(t *testing.T) {
+	w := newWorld(t)
+	f := w.path("run-1", "flood")
+	f.finish("succeeded", "done before it began")
+	for range 8 {
+		var statements []string
+		for n := range 100 {
+			statements = append(statements, fmt.Sprintf("SELECT %d", n))
+		}
+		uses := f.pass(statements...)
+		d := store.UseFinishedDetails{}
+		for _, u := range uses {
+			d.Outcomes = append(d.Outcomes, store.UseOutcome{Use: u.ID, Status: "SELECT 1"})
+		}
+		w.append(broker, f.entry(store.UseFinished, store.Allow, d))
+	}
+	last := f.pass("SELECT broken")
+	w.append(broker, f.entry(store.UseFinished, store.Allow, store.UseFinishedDetails{Outcomes: []store.UseOutcome{{Use: last[0].ID, Error: "57014"}}}))
+	page := w.page(storyURL(f.run, f.step))
+	for deadline := time.Now().Add(10 * time.Second); !strings.Contains(page, "All 801 uses") && time.Now().Before(deadline); page = w.page(storyURL(f.run, f.step)) {
+		time.Sleep(20 * time.Millisecond) // counted in the background
+	}
+	has(t, page, "More uses were seen than this page tells", "All 801 uses, as a list", "Claimed succeeded at postgres://orders, and the last use failed (57014), 1 of 801.")
+	if len(page) > 2<<20 {
+		t.Errorf("the page has %d bytes", len(page))
+	}
 }
 
 func TestASignatureThatDoesNotHoldIsSaidSo(t *testing.T) {

@@ -106,6 +106,7 @@ type ask struct {
 	cursor int64  // entries from this index on
 	before int64  // entries before this index, the newest of them; 0: not asked
 	plain  bool   // nothing is asked for but a format
+	claim  *claim // of the step that is asked about, where one was made
 }
 
 // layouts are how a time may be written. Those without a zone are UTC, as a
@@ -271,7 +272,10 @@ func (s *Server) answer(w http.ResponseWriter, r *http.Request, a *ask) {
 		s.csv(w, r, a, &out)
 		return
 	}
-	b, err := json.Marshal(&out, json.Deterministic(true))
+	b, err := json.Marshal(&struct {
+		client.HistoryPage
+		Claim *claim `json:"claim,omitzero"`
+	}{out, a.claim}, json.Deterministic(true))
 	if err != nil {
 		problem.Write(w, r, err)
 		return

@@ -106,9 +106,11 @@ type chapter struct {
 }
 
 // sum tells a chapter in a few sentences.
-func (c *chapter) sum() {
+// partial says that it is not told whole.
+func (c *chapter) sum(partial bool) {
 	var issued, ended time.Time
-	var approved, denied, signed, uses, late int
+	var approved, denied, signed, uses, late, failed, refused int
+	var masked int64
 	var last *item
 	say := func(format string, a ...any) { c.Sums = append(c.Sums, fmt.Sprintf(format, a...)) }
 	for _, it := range c.Items {
@@ -160,8 +162,18 @@ func (c *chapter) sum() {
 		case store.CredentialUsed:
 			uses++
 			last = it
+			if it.Outcome != nil {
+				masked += it.Outcome.Masked
+				if it.Outcome.Error != "" {
+					failed++
+				}
+			}
 			if !ended.IsZero() && it.Time.After(ended) {
 				late++
+			}
+		case store.AccessRefused:
+			if d := details[store.RefusedDetails](it.Entry); d.Intent != "" {
+				refused += 1 + max(d.Folded, 0)
 			}
 		case store.CredentialRevoked, store.CredentialExpired:
 			ended = it.Time.Time
@@ -184,10 +196,22 @@ func (c *chapter) sum() {
 	}
 	if !issued.IsZero() {
 		say("It was handed out at %s.", instant(issued))
-		if uses == 0 {
+		switch {
+		case uses == 0 && !partial:
 			say("No use of it is on record.")
-		} else {
+		case partial:
+			say("%s of it told here, not all.", page.Count(uses, "use"))
+		default:
 			say("%s on record, the last at %s.", page.Count(uses, "use"), instant(last.Time.Time))
+		}
+		if failed > 0 {
+			say("%s failed.", page.Count(failed, "use"))
+		}
+		if masked > 0 {
+			say("%s masked in what came back.", page.Count(int(masked), "value"))
+		}
+		if refused > 0 {
+			say("Guards refused %s before the target was reached.", page.Count(refused, "attempt"))
 		}
 		if late > 0 {
 			c.Tone = "danger"
@@ -208,6 +232,9 @@ type storyPage struct {
 	Chapters  []*chapter
 	Others    []*item // entries of the step that belong to no request
 	Claims    []*item // what the orchestrator says came of it
+	Claim     *claim  // the latest of them against what was observed; nil: none
+	Uses      string  // how many there are, where not all are told
+	UsesList  string  // leads to them
 	Observed  []string
 	Between   int64 // index after which entries are left out; 0: none are
 	List      string
@@ -223,7 +250,7 @@ func (s *Server) step(w http.ResponseWriter, r *http.Request) {
 		}
 		q.Run, q.Step = run, step
 		return nil
-	})
+	}, func() (*claim, error) { return s.judge(r, run, step) })
 	if !ok {
 		return
 	}
@@ -240,6 +267,10 @@ func (s *Server) step(w http.ResponseWriter, r *http.Request) {
 	p := &storyPage{frame: s.frame(r, "Step "+step), Run: run, Step: step, List: with(&q)}
 	p.Wide = true
 	p.JSON, p.CSV = storyURL(run, step)+"?format=json", storyURL(run, step)+"?format=csv"
+	if p.Claim, err = s.judge(r, run, step); err != nil {
+		s.fail(w, r, err)
+		return
+	}
 	entries := f.Entries
 	if f.Newer {
 		last := entries[len(entries)-1].Index
@@ -258,6 +289,16 @@ func (s *Server) step(w http.ResponseWriter, r *http.Request) {
 			}
 			if len(between.Entries) > 0 {
 				p.Between = last
+				all := a.Query
+				all.Limit, all.Newest = 0, false
+				t, err := s.index.Counts(r.Context(), all, []time.Time{{}, s.now().Add(time.Hour)}, []ledger.Series{{Type: string(store.CredentialUsed)}})
+				if err != nil {
+					s.fail(w, r, err)
+					return
+				}
+				if p.UsesList = with(&all, "type", string(store.CredentialUsed)); !t.Counting {
+					p.Uses = thousands(t.Counts[0][0])
+				}
 			}
 		}
 		entries = append(entries, tail.Entries...)
@@ -281,6 +322,7 @@ func (s *Server) step(w http.ResponseWriter, r *http.Request) {
 // chapters orders the entries of a step by request.
 func (s *Server) chapters(r *http.Request, p *storyPage, items []*item) error {
 	by := map[string]*chapter{}
+	items = results(items)
 	uses := 0
 	for _, it := range items {
 		if it.Type == store.CredentialUsed {
@@ -323,33 +365,22 @@ func (s *Server) chapters(r *http.Request, p *storyPage, items []*item) error {
 				return err
 			}
 		}
-		c.sum()
+		c.sum(p.Between > 0)
 	}
 	switch {
 	case p.Between > 0:
-		p.Observed = []string{"More uses were seen than this page tells."}
+		p.Observed = []string{"More uses were seen than this page tells: it tells " + thousands(int64(uses)) + "."}
 	case uses == 0:
 		p.Observed = []string{"No use of a credential of this step was seen. Where a secret was handed out directly, only a target that introspects it, or the gateway, sees its use."}
 	default:
 		p.Observed = []string{"Uses seen: " + thousands(int64(uses)) + "."}
 	}
-	for _, claim := range p.Claims {
-		d := details[store.FinishedDetails](claim.Entry)
-		if d.Target == "" {
-			continue
-		}
-		if slices.ContainsFunc(p.Chapters, func(c *chapter) bool { return c.Target == d.Target }) {
-			p.Observed = append(p.Observed, "The target it names, "+d.Target+", is one that a credential of this step was for.")
-		} else {
-			p.Observed = append(p.Observed, "The target it names, "+d.Target+", is none that a credential of this step was for.")
-		}
-	}
 	return nil
 }
 
 // about reads the parameters of a page about one thing: its own filters are set
-// by set. To a program it answers itself, and returns false.
-func (s *Server) about(w http.ResponseWriter, r *http.Request, set func(*ledger.Query) error) (*ask, bool) {
+// by set. To a program it answers itself, with what judge says, and returns false.
+func (s *Server) about(w http.ResponseWriter, r *http.Request, set func(*ledger.Query) error, judge ...func() (*claim, error)) (*ask, bool) {
 	v := r.URL.Query()
 	for name := range v {
 		if !slices.Contains([]string{"format", "cursor", "before", "limit"}, name) {
@@ -366,6 +397,12 @@ func (s *Server) about(w http.ResponseWriter, r *http.Request, set func(*ledger.
 		return nil, false
 	}
 	if a.formatOf(r) != "html" {
+		for _, j := range judge {
+			if a.claim, err = j(); err != nil {
+				s.fail(w, r, err)
+				return nil, false
+			}
+		}
 		s.answer(w, r, a)
 		return nil, false
 	}
@@ -453,7 +490,7 @@ func (s *Server) credential(w http.ResponseWriter, r *http.Request) {
 	if !s.list(w, r, a, p, credentialURL(intent)) {
 		return
 	}
-	p.Items = slices.DeleteFunc(p.Items, func(x *item) bool { return x.Intent != intent })
+	p.Items = slices.DeleteFunc(results(p.Items), func(x *item) bool { return x.Intent != intent && x.Type != store.UseFinished })
 	p.frame = s.frame(r, "Credential for "+it.Action)
 	p.Wide = true
 	page.Write(w, r, http.StatusOK, s.t, "about", p)

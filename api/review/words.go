@@ -1,6 +1,7 @@
 package review
 
 import (
+	"cmp"
 	"fmt"
 	"slices"
 	"strings"
@@ -27,6 +28,7 @@ var kinds = []struct {
 	{store.CredentialIssuing, "About to be minted", ""},
 	{store.CredentialIssued, "Credentials handed out", "good"},
 	{store.CredentialUsed, "Uses of credentials", "accent"},
+	{store.UseFinished, "Results put on record", ""},
 	{store.CredentialRevoked, "Credentials revoked", ""},
 	{store.CredentialExpired, "Credentials expired", ""},
 	{store.CredentialFailed, "Credentials failed", "danger"},
@@ -164,7 +166,34 @@ func tell(e *store.Entry) *told {
 		d := details[store.UsedDetails](e)
 		t.Title, t.Tone = "The credential was used", "accent"
 		t.fact("What was done", d.Use)
+		t.fact("Reached", strings.Join(d.Objects, ", "))
 		t.fact("Seen by", strings.Trim(d.By+", "+d.Via, ", "))
+		if d.Via == store.ViaGateway {
+			t.Title = "The credential was used on the access path"
+			t.fact("Connection", strings.Trim(d.Protocol+", "+d.Conn, ", "))
+			t.fact("Masked by the rules", cmp.Or(d.Masking, "none: nothing is masked"))
+		}
+	case store.UseFinished:
+		d := details[store.UseFinishedDetails](e)
+		t.Title = "What came of " + page.Count(len(d.Outcomes), "use")
+		failed := 0
+		var lines []string
+		for i := range d.Outcomes {
+			if d.Outcomes[i].Error != "" {
+				failed++
+			}
+			if i < maxTold {
+				lines = append(lines, resultWords(&d.Outcomes[i]))
+			}
+		}
+		if more := len(d.Outcomes) - maxTold; more > 0 {
+			lines = append(lines, fmt.Sprintf("and of %d more, in the entry itself", more))
+		}
+		if failed > 0 {
+			t.Title += fmt.Sprintf(", %d of which failed", failed)
+			t.Tone = "danger"
+		}
+		t.fact("Results", lines...)
 	case store.CredentialRevoked:
 		t.Title = "The credential was revoked"
 	case store.CredentialExpired:
@@ -179,6 +208,17 @@ func tell(e *store.Entry) *told {
 	case store.AccessRefused:
 		d := details[store.RefusedDetails](e)
 		t.Title, t.Tone = "A call was refused", "danger"
+		if d.Intent != "" {
+			t.Title = "A guard refused what the step asked of its target"
+			t.fact("Asked", d.Route)
+			t.fact("Guard", d.Reason)
+			t.fact("Protocol", d.Method)
+			t.fact("From", d.Remote)
+			if d.Folded > 0 {
+				t.fact("And", fmt.Sprintf("%d more like it since the entry before", d.Folded))
+			}
+			break
+		}
 		t.fact("Call", strings.TrimSpace(d.Method+" "+d.Route))
 		t.fact("Why", d.Problem)
 		t.fact("Caller’s role", d.Role)
@@ -187,7 +227,16 @@ func tell(e *store.Entry) *told {
 			t.fact("And", fmt.Sprintf("%d more like it since the entry before", d.Folded))
 		}
 	case store.AlertRaised:
+		d := details[store.AlertDetails](e)
 		t.Title, t.Tone = "An alert was raised", "danger"
+		if what := map[string]string{
+			store.AlertMint: "the broker’s login made a token without an intent on record", store.AlertUse: "a credential was used, and it is not known which",
+			store.AlertLateUse: "a credential was used after its end",
+		}[d.Alert]; what != "" {
+			t.Title += ": " + what
+		}
+		t.fact("What was seen", d.What)
+		t.fact("Told by", strings.TrimSpace(d.Source+" "+d.Ref))
 	case store.FreezeSet:
 		t.Title, t.Tone = "A responder stopped credentials", "danger"
 	case store.FreezeLifted:
@@ -259,6 +308,10 @@ func grant(t *told, g *store.Grant) {
 	t.fact("Vault path", strings.TrimSpace(g.Method+" "+g.Path))
 	t.fact("Vault policies", g.Policies...)
 	t.fact("Delivery", g.Delivery)
+	if a := g.Access; a != nil {
+		t.fact("On the access path", a.Protocol+" to "+a.Upstream)
+		t.fact("Masked", masked(a.Masking)...)
+	}
 }
 
 // instant is t in text, for people.

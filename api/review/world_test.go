@@ -288,6 +288,30 @@ func (f *flow) use(what string) {
 	f.w.append(broker, f.entry(store.CredentialUsed, store.Allow, store.UsedDetails{Intent: f.intent, Via: "introspection", By: "orders-api", Use: what}))
 }
 
+// path is a request whose credential stays on the access path.
+func (w *world) path(run, step string) *flow {
+	f := w.flow(run, step, "orders-db:read", "postgres://orders")
+	f.reason, f.subject = "Reconcile refunds, OPS-1200", "user:u-1024@example.com"
+	f.grant.Delivery, f.grant.Access = "gateway", &store.Access{Protocol: store.ProtocolPostgres, Upstream: "db.internal:5432/orders", Postgres: &store.PostgresAccess{},
+		Masking: store.Masking{Rules: []store.MaskRule{{Column: "orders.email"}}}}
+	w.append(broker, f.asked(store.Allow))
+	f.issue("")
+	return f
+}
+
+// pass puts uses on the access path on record.
+func (f *flow) pass(statements ...string) (uses []*store.Submission) {
+	for _, s := range statements {
+		use, _, _ := strings.Cut(s, " ")
+		u := f.entry(store.CredentialUsed, store.Allow, store.UsedDetails{Intent: f.intent, Via: store.ViaGateway, By: "gateway", Use: use + " orders", Protocol: store.ProtocolPostgres,
+			Conn: "c1", Objects: []string{"orders"}, Access: f.grant.Access.Digest(), Masking: f.grant.Access.Masking.Digest()})
+		u.Seal(store.SealedStatement, s)
+		uses = append(uses, u)
+	}
+	f.w.append(broker, uses...)
+	return uses
+}
+
 func (f *flow) revoke(cause string) {
 	s := f.entry(store.CredentialRevoked, store.Allow, store.ClosedDetails{Intent: f.intent, Attempt: 1})
 	s.Cause = store.Ptr(cause)
