@@ -9,6 +9,7 @@ package siem
 import (
 	"fmt"
 	"slices"
+	"strings"
 
 	"github.com/go-json-experiment/json"
 	"github.com/go-json-experiment/json/jsontext"
@@ -26,8 +27,8 @@ type Product struct {
 
 	// IncludeTexts hands out the texts behind commitments: reasons, subjects,
 	// summaries, names. They are erasable here, and no erasure reaches what a
-	// SIEM was given, so that it is off by default. Catalogues, policies and ID
-	// tokens are left out all the same.
+	// SIEM was given, so that it is off by default. Catalogues, policies, ID tokens
+	// and what uses asked and got are left out all the same.
 	IncludeTexts bool
 	// MaxBytes is the longest event. A longer one goes without details, texts and
 	// the policy's reasons, and says so in unmapped.cut; the leaf has them. 0: no
@@ -47,7 +48,9 @@ const (
 	classAuthorize  = 3003 // Authorize Session
 	classEntity     = 3004 // Entity Management
 	classUserAccess = 3005 // User Access Management
+	classHTTP       = 4002 // HTTP Activity
 	classAPI        = 6003 // API Activity
+	classDatastore  = 6005 // Datastore Activity
 )
 
 // activity_id of what several classes share; other numbers stand in the table.
@@ -100,6 +103,7 @@ var mappings = map[store.Type]mapping{
 	store.CredentialFailed:    {classAuthorize, 1, "Assign Privileges", low, failure, "", "A credential could not be issued"},
 	store.CredentialAbandoned: {classEntity, deleted, "Delete", low, success, "credential", "The issuing of a credential was given up"},
 	store.CredentialUsed:      {classAPI, other, "Use", informational, success, "", "A credential was used"},
+	store.UseFinished:         {classAPI, other, "Use", informational, success, "", "Results of uses were recorded"},
 	store.CredentialRevoked:   {classUserAccess, 2, "Revoke Privileges", informational, success, "", "A credential was revoked"},
 	store.CredentialExpired:   {classUserAccess, 2, "Revoke Privileges", informational, success, "", "A credential expired"},
 	store.AccessRefused:       {classAPI, other, "Refuse", medium, failure, "", "A call was refused"},
@@ -138,6 +142,8 @@ type event struct {
 	API          *api           `json:"api,omitzero"`
 	Request      *httpRequest   `json:"http_request,omitzero"`
 	Source       *endpoint      `json:"src_endpoint,omitzero"`
+	Destination  *endpoint      `json:"dst_endpoint,omitzero"`
+	Database     *database      `json:"database,omitzero"`
 	Service      *named         `json:"service,omitzero"`
 	Entity       *entity        `json:"entity,omitzero"`
 	Finding      *finding       `json:"finding_info,omitzero"`
@@ -207,6 +213,11 @@ type endpoint struct {
 	Service string `json:"svc_name,omitzero"`
 }
 
+type database struct {
+	Name string `json:"name"`
+	Type int    `json:"type_id"` // 1 Relational
+}
+
 type entity struct {
 	Type    string `json:"type"`
 	UID     string `json:"uid"`
@@ -217,6 +228,7 @@ type entity struct {
 type finding struct {
 	UID     string   `json:"uid"`
 	Title   string   `json:"title"`
+	Says    string   `json:"desc,omitzero"`
 	Types   []string `json:"types,omitzero"`
 	Created int64    `json:"created_time"`
 }
@@ -390,6 +402,17 @@ func refine(ev *event, m *mapping, e *store.Entry) {
 		if d, err := store.DetailsAs[store.ClosedDetails](e); err == nil {
 			ev.Entity = &entity{UID: d.Intent}
 		}
+	case store.UseFinished:
+		d, err := store.DetailsAs[store.UseFinishedDetails](e)
+		if err != nil {
+			return
+		}
+		for i := range d.Outcomes {
+			if d.Outcomes[i].Error != "" {
+				ev.Status, ev.Severity, ev.StatusDetail = failure, low, d.Outcomes[i].Error
+				break
+			}
+		}
 	case store.AccessRefused:
 		d, err := store.DetailsAs[store.RefusedDetails](e)
 		if err != nil {
@@ -398,6 +421,10 @@ func refine(ev *event, m *mapping, e *store.Entry) {
 		ev.StatusDetail = d.Problem
 		if d.Remote != "" {
 			ev.Source = &endpoint{IP: d.Remote}
+		}
+		if d.Intent != "" {
+			guarded(ev, m, e, &d)
+			return
 		}
 		if d.Problem == "unauthenticated" {
 			// Nobody knows who it was: a failed login.
@@ -434,6 +461,43 @@ func refine(ev *event, m *mapping, e *store.Entry) {
 	}
 }
 
+// guarded is a refusal by a guard on the access path: an activity of the class of
+// its protocol that did not come to pass.
+func guarded(ev *event, m *mapping, e *store.Entry, d *store.RefusedDetails) {
+	m.says = "A guard refused what a step asked of its target"
+	ev.Message = m.says
+	if d.Reason != "" {
+		ev.StatusDetail = d.Reason
+	}
+	verb, rest, _ := strings.Cut(d.Route, " ")
+	switch d.Method {
+	case store.ProtocolHTTP:
+		m.class = classHTTP
+		ev.Request = &httpRequest{Method: verb}
+		ev.Request.URL.Path = rest
+		ev.Activity, ev.ActivityName = other, verb
+		for id, name := range []string{"", "Connect", "Delete", "Get", "Head", "Options", "Post", "Put", "Trace"} {
+			if strings.EqualFold(name, verb) && name != "" {
+				ev.Activity, ev.ActivityName = id, name
+			}
+		}
+	case store.ProtocolPostgres:
+		m.class = classDatastore
+		ev.Activity, ev.ActivityName = other, verb
+		for name, as := range map[string]struct {
+			id   int
+			name string
+		}{"SELECT": {1, "Read"}, "UPDATE": {2, "Update"}, "INSERT": {5, "Write"}, "COPY": {4, "Query"}, "CREATE": {6, "Create"}, "DELETE": {7, "Delete"}, "DROP": {7, "Delete"}} {
+			if strings.EqualFold(name, verb) {
+				ev.Activity, ev.ActivityName = as.id, as.name
+			}
+		}
+	}
+	if ev.ActivityName == "" {
+		ev.ActivityName = "Refuse"
+	}
+}
+
 // require fills in what the schema requires of the class.
 func require(ev *event, m *mapping, e *store.Entry) {
 	switch m.class {
@@ -444,6 +508,17 @@ func require(ev *event, m *mapping, e *store.Entry) {
 		}
 		if ev.Source == nil {
 			// The address of the caller is not on record; by whom it came is.
+			ev.Source = &endpoint{Service: e.Writer}
+		}
+	case classHTTP:
+		// One of both endpoints is due, and the request or its response.
+		ev.Destination = &endpoint{Service: e.Resource}
+		if ev.Source == nil {
+			ev.Source = &endpoint{Service: e.Writer}
+		}
+	case classDatastore:
+		ev.Database = &database{Name: e.Resource, Type: 1}
+		if ev.Source == nil {
 			ev.Source = &endpoint{Service: e.Writer}
 		}
 	case classLogin:
@@ -472,7 +547,20 @@ func require(ev *event, m *mapping, e *store.Entry) {
 		if e.Cause != nil {
 			ev.Finding.Title = *e.Cause
 		}
+		if d, err := store.DetailsAs[store.AlertDetails](e); err == nil && d.Alert != "" {
+			if title := alerts[d.Alert]; title != "" {
+				ev.Finding.Title = title
+			}
+			ev.Finding.Types, ev.Finding.Says = append([]string{d.Alert}, ev.Finding.Types...), d.What
+		}
 	}
+}
+
+// alerts are the titles of findings.
+var alerts = map[string]string{
+	store.AlertMint:    "A token was made by the broker's Vault login without an intent on record",
+	store.AlertUse:     "A credential was used, and it is not known which",
+	store.AlertLateUse: "A credential was used after its end",
 }
 
 // matches reports whether t is one of types: exact, or "credential.*"; none

@@ -40,7 +40,8 @@ func samples() (list []*store.Entry) {
 		store.CredentialRevoked:   store.ClosedDetails{Intent: "intent-1", Attempt: 1},
 		store.CredentialExpired:   store.ClosedDetails{Intent: "intent-1", Attempt: 1},
 		store.AccessRefused:       store.RefusedDetails{Method: "GET", Route: "/history", Role: "writer", Problem: "role-forbidden", Remote: "192.0.2.7", Folded: 4},
-		store.AlertRaised:         map[string]string{"kind": "mint-without-intent"},
+		store.UseFinished:         store.UseFinishedDetails{Outcomes: []store.UseOutcome{{Use: "use-1", Status: "SELECT 3", Rows: 3, Masked: 3, Took: store.Duration(time.Millisecond)}}},
+		store.AlertRaised:         store.AlertDetails{Alert: store.AlertMint, Source: "vault-audit", Ref: "v-1", What: "auth/token/create"},
 		store.FreezeSet:           map[string]string{"run": "run-1"},
 		store.FreezeLifted:        map[string]string{"freeze": "f-1"},
 		store.PasskeyEnrolled:     store.EnrolledDetails{Credential: "Y3JlZA", Key: []byte{1}, RPID: "approve.example.test", Issuer: "https://id.example.test", ProviderKey: []byte("{}")},
@@ -82,6 +83,17 @@ func samples() (list []*store.Entry) {
 		e.Agent, e.Orchestrator = "spiffe://example.test/unauthenticated", ""
 	})
 	add(store.CredentialRevoked, func(e *store.Entry) { e.Cause = store.Ptr("step-finished") })
+	for _, d := range []store.RefusedDetails{
+		{Method: "http", Route: "POST /orders/*", Reason: "no route allows this"}, {Method: "http", Route: "PATCH /orders/*", Remote: "192.0.2.7"},
+		{Method: "postgres", Route: "DELETE orders", Reason: "statements of this kind are not let through", Remote: "192.0.2.7"}, {Method: "postgres", Route: "DO"},
+		{Method: "mcp", Route: "tools/call refund", Reason: "the tool is not allowed"},
+	} {
+		d.Problem, d.Intent = "scope-denied", "intent-1"
+		add(store.AccessRefused, func(e *store.Entry) { e.SetDetails(d) })
+	}
+	add(store.UseFinished, func(e *store.Entry) {
+		e.SetDetails(store.UseFinishedDetails{Outcomes: []store.UseOutcome{{Use: "use-1", Status: "200"}, {Use: "use-2", Error: store.UseTimeout}}})
+	})
 	add("gateway.invented", func(e *store.Entry) { e.Details = []byte(`{"new":1}`) })
 	return list
 }
@@ -121,7 +133,7 @@ func TestEveryTypeOfTheRecordIsMapped(t *testing.T) {
 	for _, typ := range []store.Type{
 		store.StepRequested, store.StepFinished, store.RequestWithdrawn, store.RequestVoid, store.ApprovalRequested,
 		store.ApprovalDecided, store.ApprovalExpired, store.ApprovalStanding, store.CredentialIssuing, store.CredentialIssued,
-		store.CredentialFailed, store.CredentialAbandoned, store.CredentialUsed, store.CredentialRevoked, store.CredentialExpired,
+		store.CredentialFailed, store.CredentialAbandoned, store.CredentialUsed, store.UseFinished, store.CredentialRevoked, store.CredentialExpired,
 		store.AccessRefused, store.AlertRaised, store.FreezeSet, store.FreezeLifted, store.PasskeyEnrolled, store.PasskeyActivated,
 		store.PasskeyRevoked, store.SlackLinked, store.PolicyLoaded, store.WriterAdded, store.ExportCreated, store.DetailsErased,
 		store.HoldPlaced, store.HoldLifted,
@@ -155,11 +167,60 @@ func className(class int) string {
 		classEntity: "Entity Management 3004", classUserAccess: "User Access Management 3005", classAPI: "API Activity 6003"}[class]
 }
 
+// TestAGuardsRefusalHasWhatItsClassRequires follows the schema of HTTP Activity
+// and Datastore Activity, https://schema.ocsf.io/1.5.0/classes.
+func TestAGuardsRefusalHasWhatItsClassRequires(t *testing.T) {
+	seen := map[int]int{}
+	for _, e := range samples() {
+		if e.Type != store.AccessRefused || !bytes.Contains(e.Details, []byte(`"intent"`)) {
+			continue
+		}
+		leaf, _ := e.Marshal()
+		b, err := Event(1, leaf, e, nil, product1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var ev struct {
+			Class    int            `json:"class_uid"`
+			Activity int            `json:"activity_id"`
+			Name     string         `json:"activity_name"`
+			Status   int            `json:"status_id"`
+			Actor    map[string]any `json:"actor"`
+			Source   map[string]any `json:"src_endpoint"`
+			To       map[string]any `json:"dst_endpoint"`
+			Request  map[string]any `json:"http_request"`
+			Database map[string]any `json:"database"`
+			API      map[string]any `json:"api"`
+		}
+		if err := json.Unmarshal(b, &ev); err != nil {
+			t.Fatal(err)
+		}
+		seen[ev.Class]++
+		ok := ev.Actor != nil && ev.Source != nil && ev.Status == failure && ev.Activity > 0 && ev.Name != ""
+		switch ev.Class {
+		case classHTTP:
+			ok = ok && ev.To != nil && ev.Request["http_method"] != nil
+		case classDatastore:
+			ok = ok && ev.Database["name"] == "postgres://orders" && ev.Database["type_id"] == 1.0
+		case classAPI:
+			ok = ok && ev.API["operation"] != nil
+		default:
+			ok = false
+		}
+		if !ok {
+			t.Errorf("%s", b)
+		}
+	}
+	if seen[classHTTP] != 2 || seen[classDatastore] != 2 || seen[classAPI] != 1 {
+		t.Errorf("the classes are %v", seen)
+	}
+}
+
 func TestTextsLeaveOnlyWhenToldToAndNeverIDTokensOrPolicies(t *testing.T) {
 	e := samples()[0]
 	opened := map[string]string{}
 	e.Sealed = map[string]string{}
-	for _, f := range []string{store.SealedReason, store.SealedSubject, store.SealedSummary, store.SealedPerson, store.SealedLabel, store.SealedIDToken, store.SealedCatalogue, store.SealedPolicy} {
+	for _, f := range []string{store.SealedReason, store.SealedSubject, store.SealedSummary, store.SealedPerson, store.SealedLabel, store.SealedIDToken, store.SealedCatalogue, store.SealedPolicy, store.SealedStatement, store.SealedSample} {
 		opened[f], e.Sealed[f] = "TEXT-"+f, "commitment"
 	}
 	leaf, _ := e.Marshal()
