@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net"
 	"net/http"
 	"net/url"
 	"os"
@@ -60,7 +61,7 @@ func (f *askFlags) add(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&f.ask.TTL, "ttl", "", "how long it is to live, such as 5m; the scope's default without it")
 	cmd.Flags().StringVar(&f.ask.Reason, "reason", "", "why it is needed")
 	cmd.Flags().StringVar(&f.ask.Subject, "subject", "", "on whose behalf the step runs")
-	cmd.Flags().StringVar(&f.ask.Delivery, "delivery", "", "direct or wrapped; the scope's default without it")
+	cmd.Flags().StringVar(&f.ask.Delivery, "delivery", "", "direct, wrapped or gateway; the scope's default without it")
 	cmd.Flags().StringVar(&f.ask.Audience, "audience", "", "audience of an identity token")
 	cmd.Flags().StringVar(&f.publicKey, "public-key", "", "file with the step's own public key, where the scope certifies it")
 	cmd.Flags().StringArrayVar(&f.params, "param", nil, "a param of the scope, as NAME=VALUE; may be repeated")
@@ -263,6 +264,16 @@ func credentialEnv(step string, c *client.Credential) (map[string]string, error)
 		}
 		text[name] = s
 		env["COUNTERSIGN_CREDENTIAL_"+strings.ToUpper(name)] = s
+	}
+	if text["kind"] == "gateway" && text["protocol"] == store.ProtocolPostgres {
+		host, port, err := net.SplitHostPort(text["address"])
+		if err != nil {
+			return nil, errors.New("the broker's answer names no address of its gateway")
+		}
+		env["PGHOST"], env["PGPORT"], env["PGUSER"], env["PGPASSWORD"] = host, port, text["username"], text["token"]
+		if text["database"] != "" {
+			env["PGDATABASE"] = text["database"]
+		}
 	}
 	usual := map[string]map[string]string{
 		"vault_token": {"VAULT_TOKEN": "token", "VAULT_ADDR": "addr"},
