@@ -282,8 +282,8 @@ func TestWithTheRecorderDownNothingIsUsedAndOutcomesAreKeptUntilItIsBack(t *test
 	g := newGateway(t, r)
 	s, _ := open(t, g)
 	var under []*gateway.Pending
-	for range 250 {
-		p, err := s.Use(t.Context(), gateway.Use{Use: "GET /"})
+	for range 5 {
+		p, err := s.Use(t.Context(), slices.Repeat([]gateway.Use{{Use: "GET /"}}, 50)...)
 		ok(t, err)
 		under = append(under, p...)
 	}
@@ -503,10 +503,10 @@ func TestRefusalsAreOnRecordAndFloodsAreCountedBySession(t *testing.T) {
 	loud, _ := open(t, g)
 	quiet, _ := open(t, g)
 	for range 300 {
-		ok(t, loud.Refuse(t.Context(), gateway.Refusal{Use: "DELETE /", Reason: "the method is not allowed", Statement: strings.Repeat("DELETE / \x00\xff", 20_000), Remote: "192.0.2.1"}))
+		ok(t, loud.Refuse(t.Context(), gateway.Refusal{Use: "DELETE /", Reason: "the method is not allowed", Statement: "DELETE / \x00\xff", Remote: "192.0.2.1"}))
 	}
-	ok(t, quiet.Refuse(t.Context(), gateway.Refusal{Use: "PUT /", Reason: "the method is not allowed", Statement: "PUT /"}))
-	if got := r.entries(store.AccessRefused); len(got) != refusal.Burst+1 || got[len(got)-1].Run != "run-1" || got[len(got)-1].Sealed[store.SealedStatement] == "" {
+	ok(t, quiet.Refuse(t.Context(), gateway.Refusal{Use: "PUT /", Reason: "the method is not allowed", Statement: strings.Repeat("PUT /\x01", 1<<20)}))
+	if got := r.entries(store.AccessRefused); len(got) < refusal.Burst+1 || len(got) > 2*refusal.Burst || got[len(got)-1].Run != "run-1" || got[len(got)-1].Sealed[store.SealedStatement] == "" {
 		t.Errorf("%d on record", len(got))
 	}
 	g.End(loud.Intent) // what is folded is not lost with the session

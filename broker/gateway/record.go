@@ -126,16 +126,22 @@ func (s *Session) size(u Use) (int, error) {
 // lengthened is how many bytes s has at most as a JSON string, without the
 // quotes.
 func lengthened(s string) int {
-	n := len(s)
+	n := 0
 	for i := range len(s) {
-		switch c := s[i]; {
-		case c == '"', c == '\\', c == '\n', c == '\r', c == '\t':
-			n++
-		case c < ' ':
-			n += len(`\u0000`) - 1
-		}
+		n += length(s[i])
 	}
 	return n
+}
+
+// length is that of one byte.
+func length(c byte) int {
+	switch {
+	case c == '"', c == '\\', c == '\n', c == '\r', c == '\t':
+		return 2
+	case c < ' ':
+		return len(`\u0000`)
+	}
+	return 1
 }
 
 // Finish says what came of a use, the first time it is called; Use and Took of o are set here. sample
@@ -212,7 +218,12 @@ func fitting(text string, n int) string {
 	end := fmt.Sprintf("… (cut, of %d bytes)", size)
 	n -= len(end)
 	for i, r := range out {
-		if n -= lengthened(string(r)); n < 0 {
+		if r < utf8.RuneSelf {
+			n -= length(byte(r))
+		} else {
+			n -= utf8.RuneLen(r)
+		}
+		if n < 0 {
 			return out[:i] + end
 		}
 	}
