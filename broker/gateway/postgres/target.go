@@ -1,0 +1,154 @@
+package postgres
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"net"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgproto3"
+
+	"github.com/countersign-dev/countersign/broker/gateway"
+	"github.com/countersign-dev/countersign/store"
+)
+
+// target is a connection to PostgreSQL, logged in as the step's user.
+type target struct {
+	net.Conn
+	r          *reader
+	pg         *pgconn.PgConn    // for cancel requests alone: Conn is no longer its own
+	parameters map[string]string // as it reported them at log-in
+}
+
+// upstream is where access goes: host:port, and the database.
+func upstream(a *store.Access) (hostport, database string, err error) {
+	hostport, database, ok := strings.Cut(a.Upstream, "/")
+	if _, _, err := net.SplitHostPort(hostport); err != nil || !ok || database == "" {
+		return "", "", fmt.Errorf("upstream %q is not host:port/database", a.Upstream)
+	}
+	return hostport, database, nil
+}
+
+// dial logs in at the session's target, and reads its catalog where r has none
+// yet. Errors hold no secret.
+func dial(ctx context.Context, g *gateway.Gateway, s *gateway.Session, settings map[string]string, r *rules) (*target, error) {
+	access := s.Grant.Access
+	hostport, database, err := upstream(access)
+	if err != nil {
+		return nil, err
+	}
+	host, port, _ := net.SplitHostPort(hostport)
+	n, err := strconv.ParseUint(port, 10, 16)
+	if err != nil {
+		return nil, fmt.Errorf("port of %q: %w", access.Upstream, err)
+	}
+	// All that the environment may have set (libpq's variables) is set here.
+	cfg, err := pgconn.ParseConfig("host=localhost port=1 user=none password=none dbname=none sslmode=disable target_session_attrs=any")
+	if err != nil {
+		return nil, err
+	}
+	cfg.Host, cfg.Port, cfg.Database, cfg.User, cfg.Password = host, uint16(n), database, s.Secret.Username, s.Secret.Password
+	cfg.Fallbacks, cfg.ConnectTimeout, cfg.TLSConfig = nil, 0, nil
+	if access.TLS != "off" {
+		cfg.TLSConfig = &tls.Config{ServerName: host, RootCAs: g.RootCAs, MinVersion: tls.VersionTLS12}
+	}
+	// What the guard reads is what the target reads: the same encoding, the same
+	// strings, the same tables behind a name.
+	cfg.RuntimeParams = map[string]string{"client_encoding": "UTF8", "standard_conforming_strings": "on", "search_path": "public"}
+	for name, value := range settings {
+		cfg.RuntimeParams[name] = value
+	}
+	cfg.LookupFunc = func(context.Context, string) ([]string, error) { return []string{host}, nil }
+	cfg.DialFunc = func(ctx context.Context, _, _ string) (net.Conn, error) { return g.Dial(ctx, "tcp", hostport) }
+	cfg.MaxProtocolMessageBodyLen = 64 << 20
+	pg, err := pgconn.ConnectConfig(ctx, cfg)
+	if err != nil {
+		return nil, err
+	}
+	if err := r.load(ctx, s, querier{pg}); err != nil {
+		closing, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
+		defer cancel()
+		_ = pg.Close(closing)
+		return nil, fmt.Errorf("read the target's catalog: %w", err)
+	}
+	hc, err := pg.Hijack()
+	if err != nil {
+		return nil, err
+	}
+	t := &target{Conn: hc.Conn, r: newReader(hc.Conn, 16<<10), pg: pg, parameters: hc.ParameterStatuses}
+	// What was read ahead must not be lost: notices, and parameters that changed.
+	if deadline, ok := ctx.Deadline(); ok {
+		_ = t.SetDeadline(deadline)
+	}
+	for hc.Frontend.ReadBufferLen() > 0 {
+		msg, err := hc.Frontend.Receive()
+		if err != nil {
+			t.close()
+			return nil, err
+		}
+		switch msg := msg.(type) {
+		case *pgproto3.ParameterStatus:
+			t.parameters[msg.Name] = msg.Value
+		case *pgproto3.NoticeResponse, *pgproto3.NotificationResponse:
+		default:
+			t.close()
+			return nil, fmt.Errorf("%w: the target sent %T after its log-in", errProtocol, msg)
+		}
+	}
+	_ = t.SetDeadline(time.Time{})
+	for name, value := range t.parameters {
+		if !trusted(name, value) {
+			t.close()
+			return nil, errors.New("the target does not keep to " + name)
+		}
+	}
+	return t, nil
+}
+
+// trusted reports whether statements still mean to the target what they mean to
+// the guard under this parameter.
+func trusted(name, value string) bool {
+	switch name {
+	case "client_encoding":
+		return utf8Name(value)
+	case "standard_conforming_strings":
+		return value == "on"
+	}
+	return true
+}
+
+func (t *target) close() { _ = t.Conn.Close() }
+
+// cancel asks the target to end the statement under way.
+func (t *target) cancel(ctx context.Context) {
+	ctx, stop := context.WithTimeout(ctx, 5*time.Second)
+	defer stop()
+	_ = t.pg.CancelRequest(ctx) // nobody is told of its error, as with PostgreSQL
+}
+
+// querier is guard.Querier over a connection before any client has it.
+type querier struct{ pg *pgconn.PgConn }
+
+// Query runs one query and returns its rows as text; NULL is "".
+func (q querier) Query(ctx context.Context, sql string) ([][]string, error) {
+	results, err := q.pg.Exec(ctx, sql).ReadAll()
+	if err != nil {
+		return nil, err
+	}
+	var rows [][]string
+	for _, r := range results {
+		for _, row := range r.Rows {
+			texts := make([]string, len(row))
+			for i, v := range row {
+				texts[i] = string(v)
+			}
+			rows = append(rows, texts)
+		}
+	}
+	return rows, nil
+}
