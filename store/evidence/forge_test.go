@@ -376,10 +376,10 @@ func (s *scribe) write() *scribe {
 	denied := s.of(store.StepRequested, "4", "r-4", "orders:write", store.Deny, store.RequestedDetails{Grant: grantOf("orders:write"), Body: "b"})
 	denied.Seal(store.SealedReason, "Because")
 	s.put("4 requested", "broker-1", denied)
-	for i := range 12 {
+	for i := range 8 {
 		s.low(fmt.Sprintf("a%d", i), "r-many")
 	}
-	for i := range 430 {
+	for i := range 450 {
 		s.put(fmt.Sprintf("filler %d", i), "recorder", &store.Submission{Entry: store.Entry{Type: "weather.changed"}})
 	}
 	s.now = s.now.Add(2 * day)

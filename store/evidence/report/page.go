@@ -19,15 +19,80 @@ var pageText string
 var styleText string
 
 // page escapes by context (html/template): whatever requesters and people wrote
-// comes to it as plain strings.
+// comes to it as plain strings, or by way of textHTML and partsHTML, which escape
+// it themselves. These two write most of a report: as templates of their own they
+// took nearly all of the time that deriving it takes.
 var page = template.Must(template.Must(template.New("report").Funcs(template.FuncMap{
-	"pieces": pieces, "plain": plain, "moment": moment, "number": number, "count": count,
+	"text": textHTML, "parts": partsHTML, "plain": plain, "moment": moment, "number": number, "count": count,
 }).Parse(pageText)).New("style").Parse(styleText))
 
 // Write writes the report as one HTML page that needs nothing else. It may be
 // called again; no entries may be taken meanwhile.
 func (r *Report) Write(w io.Writer, m Meta) error {
 	return page.ExecuteTemplate(w, "report", r.view(m))
+}
+
+// textHTML is s as the text of an element.
+func textHTML(s string) template.HTML {
+	var b strings.Builder
+	writeText(&b, s)
+	return template.HTML(b.String()) // escaped piece by piece
+}
+
+func writeText(b *strings.Builder, s string) {
+	for _, p := range pieces(s) {
+		if p.Unseen != "" {
+			b.WriteString(`<span class="unseen">` + p.Unseen + `</span>`) // a code point or a byte, in hexadecimal
+			continue
+		}
+		template.HTMLEscape(b, []byte(p.Text))
+	}
+}
+
+// partsHTML is what a cell holds.
+func partsHTML(list []*part) template.HTML {
+	var b strings.Builder
+	element := func(begin, text, end string) {
+		b.WriteString(begin)
+		writeText(&b, text)
+		b.WriteString(end)
+	}
+	quoted := template.HTMLEscapeString // for attributes in double quotes
+	for _, p := range list {
+		switch p.Kind {
+		case "ref":
+			if p.Href != "" {
+				fmt.Fprintf(&b, `<a class="ref" href="%s">#%d</a>`, quoted(p.Href), p.N)
+			} else {
+				fmt.Fprintf(&b, `<span class="ref">#%d</span>`, p.N)
+			}
+		case "time":
+			element(`<time datetime="`+quoted(p.Href)+`">`, p.Text, `</time>`)
+		case "tag":
+			element(`<span class="tag `+quoted(p.Tone)+`">`, p.Text, `</span>`)
+		case "code":
+			element(`<code>`, p.Text, `</code>`)
+		case "quiet":
+			element(`<span class="quiet">`, p.Text, `</span>`)
+		case "said":
+			b.WriteString(`<span class="said">`)
+			if p.Said.Erased {
+				b.WriteString(`<i>text not in this export</i>`)
+			} else {
+				if p.Text != "" {
+					element(`<i>`, p.Text, `:</i> `)
+				}
+				writeText(&b, p.Said.Text)
+				if p.Said.Chars > 0 {
+					fmt.Fprintf(&b, `… <b>cut here: %d characters in all, the whole is in sealed.jsonl</b>`, p.Said.Chars)
+				}
+			}
+			b.WriteString(`</span>`)
+		default:
+			element(`<span>`, p.Text, `</span>`)
+		}
+	}
+	return template.HTML(b.String()) // escaped part by part
 }
 
 type view struct {
