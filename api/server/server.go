@@ -181,6 +181,9 @@ type Config struct {
 	// Drain is how long requests under way may take to end once ctx is done.
 	// Zero means 10 s.
 	Drain time.Duration
+	// Streams says that the handler bounds by itself how long it reads a body and
+	// writes an answer, which may have no end.
+	Streams bool
 }
 
 // Serve answers on l until ctx is done, then lets what is under way end. The
@@ -205,6 +208,9 @@ func Serve(ctx context.Context, l net.Listener, c Config) error {
 		ConnContext: func(ctx context.Context, _ net.Conn) context.Context {
 			return context.WithValue(ctx, connectionKey{}, &connection{accepted: time.Now()})
 		},
+	}
+	if c.Streams {
+		s.WriteTimeout = 0
 	}
 	failed := make(chan error, 1)
 	go func() {

@@ -58,7 +58,7 @@ func (d *dev) startPair(ctx context.Context, catalogue func(dir string) (string,
 	}
 	write("vault", d.Vault.Token)
 	d.Vault.Token = root
-	recorder, serve := freeAddr(), freeAddr()
+	recorder, serve, gateway := freeAddr(), freeAddr(), freeAddr()
 	p.Recorder, p.API = "http://"+recorder, "http://"+serve
 	scopes, err := catalogue(dir)
 	if err != nil {
@@ -86,7 +86,8 @@ recorder: {url: %q, writer: broker-1, token_file: %q, log_key: %q, head_file: %q
 vault: {addr: %q, token_file: %q}
 redis: {embedded: true}
 orchestrators: {tokens: %q}
-`, serve, p.API, file("identity.key"), file("privacy.key"), scopes, p.Recorder, file("writer"), logKey, file("head"), d.Vault.Addr, file("vault"), file("callers")))
+gateway: {postgres: {listen: {addr: %[12]q}, address: %[12]q}}
+`, serve, p.API, file("identity.key"), file("privacy.key"), scopes, p.Recorder, file("writer"), logKey, file("head"), d.Vault.Addr, file("vault"), file("callers"), gateway))
 	if err != nil {
 		return nil, nil, err
 	}

@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"github.com/go-json-experiment/json"
+	"github.com/hashicorp/vault/api"
 	"github.com/jackc/pgx/v5"
 	"github.com/spf13/cobra"
 	"go.uber.org/zap"
@@ -26,7 +27,7 @@ import (
 	"github.com/countersign-dev/countersign/api/auth"
 	"github.com/countersign-dev/countersign/api/client"
 	"github.com/countersign-dev/countersign/api/record"
-	"github.com/countersign-dev/countersign/api/server"
+	"github.com/countersign-dev/countersign/broker/gateway"
 	"github.com/countersign-dev/countersign/issuer"
 	"github.com/countersign-dev/countersign/issuer/vaultdev"
 	"github.com/countersign-dev/countersign/scopes"
@@ -199,7 +200,13 @@ func runDev(ctx context.Context, f devFlags) error {
 	defer stopVault()
 	r.Vault.Addr, r.Vault.Token = vault.addr, vault.token
 
-	m, err := openDevBroker(ctx, files, people, r.API, r.Recorder, vault, set, log.Named("broker"))
+	services, err := openDevServices(ctx, vault.client)
+	if err != nil {
+		return err
+	}
+	defer services.close()
+
+	m, err := openDevBroker(ctx, files, people, &r, vault, services.upstreams(), set, log.Named("broker"))
 	if err != nil {
 		return err
 	}
@@ -209,13 +216,10 @@ func runDev(ctx context.Context, f devFlags) error {
 	group, ctx = errgroup.WithContext(ctx)
 	group.Go(func() error { return people.serve(ctx, listeners.recorder, nil, devDrain) })
 	group.Go(func() error { return m.serve(ctx, listeners.api, nil, devDrain) })
-	for _, l := range []net.Listener{listeners.http, listeners.mcp} {
-		group.Go(func() error {
-			return server.Serve(ctx, l, server.Config{Handler: refuseHTTP(log), Log: log, Drain: devDrain})
-		})
-	}
-	group.Go(func() error { return refusePostgres(listeners.postgres) })
-	context.AfterFunc(ctx, func() { listeners.postgres.Close() })
+	services.serve(ctx, log.Named("services"), group.Go)
+	m.serveAccess(ctx, map[string]accessListener{
+		store.ProtocolHTTP: {l: listeners.http}, store.ProtocolPostgres: {l: listeners.postgres}, store.ProtocolMCP: {l: listeners.mcp},
+	}, devDrain, group.Go)
 	group.Go(func() error {
 		if err := untilReady(ctx, r.API, r.Recorder); err != nil {
 			return err
@@ -375,8 +379,9 @@ func devScopes(dir, postgres string) (*scopes.InForce, error) {
 
 // devVault is the Vault that dev uses; without an address there is none.
 type devVault struct {
-	addr, token string // token is the operator's, for the ready file
-	broker      string // the broker's own
+	addr, token string      // token is the operator's, for the ready file
+	broker      string      // the broker's own
+	client      *api.Client // with token
 }
 
 // endRoles has Vault drop the PostgreSQL roles that are still live: this Vault
@@ -439,7 +444,7 @@ func openDevVault(ctx context.Context, f devFlags, set *scopes.InForce, logKey s
 	if err == nil {
 		var p *vaultdev.Prepared
 		if p, err = vaultdev.Prepare(ctx, client, o); err == nil {
-			v.broker = p.BrokerToken
+			v.broker, v.client = p.BrokerToken, client
 			return v, stop, nil
 		}
 	}
@@ -450,7 +455,7 @@ func openDevVault(ctx context.Context, f devFlags, set *scopes.InForce, logKey s
 // openDevBroker opens the machines' side over the people's side of the same
 // process. Between them are the same proofs and the same checks as between two
 // hosts, and no network.
-func openDevBroker(ctx context.Context, f *devFiles, p *people, api, page string, v devVault, set *scopes.InForce, log *zap.Logger) (*machines, error) {
+func openDevBroker(ctx context.Context, f *devFiles, p *people, r *ready, v devVault, upstreams map[string]string, set *scopes.InForce, log *zap.Logger) (*machines, error) {
 	recorder, err := client.NewRecorder(client.RecorderConfig{
 		Local: record.Local{Ledger: p.ledger, Name: devWriter},
 		Log:   f.logKey, HeadFile: filepath.Join(f.dir, "broker-head"), Writer: devWriter, Logger: log.Named("recorder-client"),
@@ -459,8 +464,12 @@ func openDevBroker(ctx context.Context, f *devFiles, p *people, api, page string
 		return nil, err
 	}
 	o := &machinesOptions{
-		writer: devWriter, trustDomain: devTrustDomain, publicURL: api, peopleURL: page, identityKey: f.identity,
+		writer: devWriter, trustDomain: devTrustDomain, publicURL: r.API, peopleURL: r.Recorder, identityKey: f.identity,
 		privacyKey: f.privacyKey, scopes: set, logKey: f.logKey, recorder: recorder, tokens: f.tokens, log: log,
+		gateway: &gateway.Config{
+			Addresses: map[string]string{store.ProtocolHTTP: r.Gateway.HTTP, store.ProtocolPostgres: r.Gateway.Postgres, store.ProtocolMCP: r.Gateway.MCP},
+			Upstreams: upstreams,
+		},
 	}
 	if v.addr != "" {
 		o.vault = issuer.Config{Addr: v.addr, Login: issuer.Login{Token: v.broker}}

@@ -182,5 +182,8 @@ func demoMCP() http.Handler {
 		func(_ context.Context, _ *mcp.CallToolRequest, in orderAsked) (*mcp.CallToolResult, map[string]any, error) {
 			return nil, map[string]any{"id": in.ID, "deleted": true}, nil
 		})
-	return mcp.NewStreamableHTTPHandler(func(*http.Request) *mcp.Server { return s }, &mcp.StreamableHTTPOptions{Logger: slog.New(slog.DiscardHandler)})
+	return mcp.NewStreamableHTTPHandler(func(*http.Request) *mcp.Server { return s }, &mcp.StreamableHTTPOptions{
+		Logger:                     slog.New(slog.DiscardHandler),
+		DisableLocalhostProtection: true, // the gateway comes by the name in the catalogue, with a key that no browser has
+	})
 }

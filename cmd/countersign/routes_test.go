@@ -129,7 +129,7 @@ func newPlainHouse(t *testing.T) *plainHouse {
 	h.people, err = openPeople(t.Context(), o)
 	must(t, err)
 	t.Cleanup(h.people.close)
-	h.machines, err = openDevBroker(t.Context(), files, h.people, "http://broker.example", "http://recorder.example", devVault{}, set, zap.NewNop())
+	h.machines, err = openDevBroker(t.Context(), files, h.people, &ready{API: "http://broker.example", Recorder: "http://recorder.example"}, devVault{}, nil, set, zap.NewNop())
 	must(t, err)
 	t.Cleanup(h.machines.close)
 	eventually(t, "the broker is ready", func() bool {

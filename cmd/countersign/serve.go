@@ -17,6 +17,7 @@ import (
 	"github.com/spf13/cobra"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/countersign-dev/countersign/api/auth"
 	"github.com/countersign-dev/countersign/api/client"
@@ -67,10 +68,20 @@ func serve(ctx context.Context, c *serveConfig, log *zap.Logger) error {
 	if err != nil {
 		return fmt.Errorf("listen.addr: %w", err)
 	}
+	access := map[string]accessListener{}
+	if c.Gateway != nil {
+		if access, err = c.Gateway.listen(); err != nil {
+			l.Close()
+			return err
+		}
+	}
 	log.Info("serving", zap.Stringer("addr", l.Addr()), zap.Bool("tls", tls != nil), zap.String("version", buildVersion()))
 	stop := onHangup(func() { m.reload() })
 	defer stop()
-	return m.serve(ctx, l, tls, c.Drain)
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error { return m.serve(ctx, l, tls, c.Drain) })
+	m.serveAccess(ctx, access, c.Drain, group.Go)
+	return group.Wait()
 }
 
 // options resolves a configuration: it reads every file that it names.

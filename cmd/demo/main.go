@@ -99,7 +99,7 @@ func run(ctx context.Context, dir, binary string) error {
 	say("Vault     %s", dev.Vault.Addr)
 
 	d := &demo{dev: dev, binary: binary, dir: dir}
-	for _, part := range []func(context.Context) error{d.database, d.vaultToken, d.identity, d.approval, d.denied, d.record} {
+	for _, part := range []func(context.Context) error{d.database, d.access, d.vaultToken, d.identity, d.approval, d.denied, d.record} {
 		if err := part(ctx); err != nil {
 			return err
 		}

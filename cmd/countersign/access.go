@@ -1,0 +1,72 @@
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"fmt"
+	"net"
+	"time"
+
+	"github.com/countersign-dev/countersign/api/server"
+	"github.com/countersign-dev/countersign/broker/gateway/mcp"
+	"github.com/countersign-dev/countersign/broker/gateway/postgres"
+	"github.com/countersign-dev/countersign/store"
+)
+
+// accessListener is where one protocol of the access path is served.
+type accessListener struct {
+	l   net.Listener
+	tls *tls.Config // nil: none
+}
+
+// listen opens the listeners that c names.
+func (c *gatewayConfig) listen() (_ map[string]accessListener, err error) {
+	out := map[string]accessListener{}
+	defer func() {
+		if err != nil {
+			for _, x := range out {
+				x.l.Close()
+			}
+		}
+	}()
+	at := map[string]*listenConfig{}
+	if c.HTTP != nil {
+		at[store.ProtocolHTTP] = &c.HTTP.Listen
+	}
+	if c.Postgres != nil {
+		at[store.ProtocolPostgres] = &c.Postgres.Listen
+	}
+	if c.MCP != nil {
+		at[store.ProtocolMCP] = &c.MCP.Listen
+	}
+	for protocol, listen := range at {
+		t, err := listen.tls()
+		if err != nil {
+			return out, fmt.Errorf("gateway.%s: %w", protocol, err)
+		}
+		l, err := net.Listen("tcp", listen.Addr)
+		if err != nil {
+			return out, fmt.Errorf("gateway.%s.listen.addr: %w", protocol, err)
+		}
+		out[protocol] = accessListener{l, t}
+	}
+	return out, nil
+}
+
+// serveAccess answers steps on each listener, by its protocol, until ctx ends.
+// What a session has under way then is given drain to end.
+func (m *machines) serveAccess(ctx context.Context, at map[string]accessListener, drain time.Duration, run func(func() error)) {
+	log := m.o.log.Named("gateway")
+	for protocol, x := range at {
+		switch protocol {
+		case store.ProtocolPostgres:
+			g := postgres.New(postgres.Config{Gateway: m.gateway, TLS: x.tls, Log: log})
+			run(func() error { return g.Serve(ctx, x.l) })
+		case store.ProtocolMCP:
+			g := mcp.New(mcp.Config{Gateway: m.gateway, Log: log})
+			run(func() error {
+				return server.Serve(ctx, x.l, server.Config{Handler: g, TLS: x.tls, Log: log, Drain: drain, Streams: true})
+			})
+		}
+	}
+}
