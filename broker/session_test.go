@@ -207,11 +207,17 @@ func TestWhatABrokerHeldNoSessionForAfterARestartIsRevokedAndMayBeRetried(t *tes
 	w.redis = redistest.Start(t)
 	var g *gateway.Gateway
 	n := w.start("broker-1", w.behind(&g))
-	other := w.start("broker-2")
+	w.start("broker-2")
 	run := run1()
 	first, err := n.Request(t.Context(), demoCaller, through(run, keyed("k1")))
 	ok(t, err)
 	first.Answered()
+	// It dies in the middle of a use: nothing more gets out of it.
+	s, err := g.Session(first.Credential.Token)
+	ok(t, err)
+	_, err = s.Use(t.Context(), gateway.Use{Use: "GET /", Statement: "GET /"})
+	ok(t, err)
+	n.rec.set(func(r *recorder) { r.down = true })
 	ok(t, n.Close())
 	g.Close()
 	if w.count(store.CredentialRevoked) != 0 {
@@ -238,7 +244,9 @@ func TestWhatABrokerHeldNoSessionForAfterARestartIsRevokedAndMayBeRetried(t *tes
 	if _, err := g.Session(second.Credential.Token); err != nil {
 		t.Error(err)
 	}
-	_ = other
+	if w.count(store.CredentialUsed) != 1 || w.count(store.UseFinished) != 0 {
+		t.Errorf("of the use that was under way the record says %v", w.types())
+	}
 }
 
 func TestARetryUnderAKeyOpensANewSessionAndEndsTheOldOne(t *testing.T) {
