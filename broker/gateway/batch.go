@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime"
 	"sync"
 	"time"
 
@@ -145,13 +146,27 @@ func (r *recording) push(q *queued) {
 
 // empty appends what is queued, batch by batch, until nothing is.
 func (r *recording) empty() {
-	for {
+	for last := 0; ; {
+		// Under load, whoever is ready to run goes first and may join this batch: an
+		// append for few costs nearly as much as one for many. A lone use waits for
+		// nobody.
+		for queued := -1; last > 1 && queued < r.queued(); {
+			queued = r.queued()
+			runtime.Gosched()
+		}
 		batch := r.take()
 		if batch == nil {
 			return
 		}
 		r.append(batch)
+		last = len(batch)
 	}
+}
+
+func (r *recording) queued() int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return len(r.queue)
 }
 
 // take takes the next batch from the queue; nil where there is none.
