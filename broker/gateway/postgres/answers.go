@@ -171,7 +171,11 @@ func (c *conn) control(typ byte, n int) error {
 		}
 		c.pop(it, true)
 		return nil
-	case typ == '1' && it.kind == parsing, typ == '2' && it.kind == binding, typ == '3' && it.kind == closing:
+	case typ == '1' && it.kind == parsing:
+		c.pop(it, true)
+		c.finish(it, "PARSE", "")
+		return c.write(typ, body)
+	case typ == '2' && it.kind == binding, typ == '3' && it.kind == closing:
 	case typ == 't' && it.kind == describing:
 		types, err := parameterTypes(body)
 		if err != nil {

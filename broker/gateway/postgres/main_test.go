@@ -86,7 +86,12 @@ type use struct {
 	id, statement string
 }
 
-func (r *record) uses() (out []use) {
+// uses are those on record, in order, without what was only prepared.
+func (r *record) uses() []use {
+	return slices.DeleteFunc(r.all(), func(u use) bool { return strings.HasPrefix(u.Use, "prepare ") })
+}
+
+func (r *record) all() (out []use) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for _, s := range r.subs {
@@ -112,7 +117,7 @@ func (r *record) refusals() (out []store.RefusedDetails) {
 
 // has reports whether a use with this in its statement is on record.
 func (r *record) has(part string) bool {
-	return slices.ContainsFunc(r.uses(), func(u use) bool { return strings.Contains(u.statement, part) })
+	return slices.ContainsFunc(r.all(), func(u use) bool { return strings.Contains(u.statement, part) })
 }
 
 // newest reports whether one of the newest n entries is of this statement.

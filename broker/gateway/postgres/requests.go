@@ -44,10 +44,11 @@ type requests struct {
 	uses   []gateway.Use
 	bytes  int     // of uses
 	usesOf []*item // beside uses
+	number int     // of the burst
 }
 
 func newRequests(client net.Conn) requests {
-	return requests{in: newReader(client, 16<<10), prepared: map[string]*statement{}, portals: map[string]*portal{}, missing: "refused by countersign " + store.NewID()}
+	return requests{in: newReader(client, 16<<10), number: 1, prepared: map[string]*statement{}, portals: map[string]*portal{}, missing: "refused by countersign " + store.NewID()}
 }
 
 // statement is a prepared one, or one of a simple query.
@@ -55,6 +56,7 @@ type statement struct {
 	sql    string
 	v      guard.Statement
 	empty  bool     // there is nothing in it
+	burst  int      // the last burst in which it is executed
 	types  []uint32 // of its parameters, as far as known; guarded by conn.mu
 	fields []field  // of its rows, once described; of the goroutine that reads the target
 }
@@ -133,7 +135,7 @@ func (c *conn) request(typ byte, n int) error {
 	if c.failed && typ != 'S' {
 		return nil // as PostgreSQL does until Sync
 	}
-	if len(c.items) >= 1000 || len(c.burst) > maxBurst { // messages without an end
+	if len(c.uses) >= maxBurstUses || c.bytes > maxBurst || len(c.burst) > maxBurst || len(c.items) >= 1000 { // messages without an end
 		if err := c.send(); err != nil {
 			return err
 		}
@@ -363,7 +365,8 @@ func (c *conn) parse(body []byte) error {
 		st.v = v.Statements[0]
 	}
 	it := &item{kind: parsing, extended: true, st: st, tainted: st.v.Tainted}
-	c.forward('P', body, it)
+	c.use(it, st.sql)
+	c.burst = appendMessage(c.burst, 'P', body)
 	set(c, it, c.prepared, msg.Name, st)
 	if c.rules.masker != nil || hidesAny(st.v.Columns) || st.v.Execute != "" || st.v.Fetch != "" {
 		// Rows are masked by the types of their columns, whether the client asks for
@@ -443,8 +446,8 @@ func (c *conn) execute(body []byte) error {
 	}
 	c.burst = appendMessage(c.burst, 'E', body)
 	c.effects(it, p.st)
-	if it.copies || len(c.uses) >= maxBurstUses || c.bytes > maxBurst {
-		return c.send()
+	if it.copies {
+		return c.send() // it takes data before any Sync
 	}
 	return nil
 }
@@ -518,6 +521,11 @@ func (c *conn) use(it *item, text string) {
 	if line == "" {
 		line = "an empty statement"
 	}
+	if it.kind == parsing {
+		line = "prepare " + line
+	} else {
+		it.st.burst = c.number
+	}
 	c.uses = append(c.uses, gateway.Use{Use: line, Conn: c.id, Objects: it.st.v.Tables, Statement: text})
 	c.usesOf = append(c.usesOf, it)
 	c.items = append(c.items, it)
@@ -527,7 +535,18 @@ func (c *conn) use(it *item, text string) {
 // record puts the burst's uses on record. Where that cannot be, the burst is
 // dropped, and the client is told why.
 func (c *conn) record() error {
-	if len(c.uses) == 0 {
+	// What is prepared and executed in one burst is one use. A statement that is
+	// only prepared reaches the target too.
+	n := 0
+	for i, it := range c.usesOf {
+		if it.kind != parsing || it.st.burst != c.number {
+			c.uses[n], c.usesOf[n] = c.uses[i], it
+			n++
+		}
+	}
+	c.uses, c.usesOf = c.uses[:n], c.usesOf[:n]
+	if n == 0 {
+		c.recorded()
 		return nil
 	}
 	pending, err := c.session.Use(c.ctx, c.uses...)
@@ -560,7 +579,7 @@ func (c *conn) drop() {
 func (c *conn) recorded() {
 	clear(c.uses)
 	clear(c.usesOf)
-	c.uses, c.usesOf, c.bytes = c.uses[:0], c.usesOf[:0], 0
+	c.uses, c.usesOf, c.bytes, c.number = c.uses[:0], c.usesOf[:0], 0, c.number+1
 }
 
 // send puts the burst on record and sends it.
