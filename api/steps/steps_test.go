@@ -61,6 +61,31 @@ func TestAStepIsGivenItsCredentialAndLosesItWhenItEnds(t *testing.T) {
 	}
 }
 
+func TestThroughTheGatewayAStepIsGivenASessionAlone(t *testing.T) {
+	w := newWorld(t)
+	const body = `{"run":"run-1","scope":"http:demo"}`
+	const key = `{\"kty\":\"EC\",\"crv\":\"P-256\",\"x\":\"f83OJ3D2xF1Bg8vub9tLe1gHMzV76e8Tus9uPHvRVEU\",\"y\":\"x_FEzRu9m36HLN_tue659LNpXW6pCyStikYjKIWI5a0\"}` // RFC 7515, appendix A.3
+	a := w.call("demo", "POST", "/steps/s1/credential", `{"run":"run-1","scope":"http:demo","delivery":"gateway","public_key":"`+key+`"}`).want(t, 201, "")
+	c, _ := a.body["credential"].(map[string]any)
+	if len(c) != 5 || c["kind"] != "gateway" || c["revocable"] != true || c["protocol"] != "http" || c["address"] != "https://gateway.test:8789" || c["token"] == "" {
+		t.Fatalf("%d members of kind %v", len(c), c["kind"])
+	}
+	before := len(w.types())
+	full := w.call("demo", "POST", "/steps/s2/credential", body).want(t, 429, "rate-limited")
+	if full.header.Get("Retry-After") == "" {
+		t.Error("it does not say when to try again")
+	}
+	w.call("demo", "POST", "/steps/s2/credential", `{"run":"run-1","scope":"mcp:demo"}`).want(t, 422, "delivery-unsupported")
+	w.call("demo", "POST", "/steps/s2/credential", `{"run":"run-1","scope":"http:demo","public_key":"ssh-ed25519 AAAA"}`).want(t, 422, "params-invalid")
+	if got := w.types(); len(got) != before {
+		t.Errorf("on record: %v", got[before:])
+	}
+	if a := w.call("demo", "DELETE", "/steps/s1/credential?run=run-1", "").want(t, 200, ""); a.body["revoked"] != 1.0 {
+		t.Fatalf("%s", a.raw)
+	}
+	w.call("demo", "POST", "/steps/s2/credential", body).want(t, 201, "")
+}
+
 func TestWhatIsPublicIsServedToAnyone(t *testing.T) {
 	w := newWorld(t)
 	for _, path := range []string{"/.well-known/openid-configuration", "/.well-known/jwks.json", "/openapi.yaml", "/healthz", "/readyz"} {

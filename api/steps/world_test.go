@@ -28,6 +28,7 @@ import (
 	"github.com/countersign-dev/countersign/api/server"
 	"github.com/countersign-dev/countersign/api/steps"
 	"github.com/countersign-dev/countersign/broker"
+	"github.com/countersign-dev/countersign/broker/gateway"
 	"github.com/countersign-dev/countersign/issuer"
 	"github.com/countersign-dev/countersign/issuer/vaultdev"
 	"github.com/countersign-dev/countersign/scopes"
@@ -141,10 +142,13 @@ func newWorld(t testing.TB) *world {
 	ok(t, err)
 	state, err := inflight.Open(inflight.Options{URL: w.redis.URL(), Timeout: 300 * time.Millisecond})
 	ok(t, err)
-	w.broker, err = broker.New(broker.Config{Writer: "broker-1", TrustDomain: trustDomain, Recorder: (*recorder)(w), Issuer: minting{iss, w},
+	// Room for one session of HTTP, and no other protocol.
+	g := gateway.New(gateway.Config{Recorder: (*recorder)(w), TrustDomain: trustDomain, MaxSessions: 1, Log: log,
+		Addresses: map[string]string{store.ProtocolHTTP: "https://gateway.test:8789"}})
+	w.broker, err = broker.New(broker.Config{Writer: "broker-1", Gateway: g, TrustDomain: trustDomain, Recorder: (*recorder)(w), Issuer: minting{iss, w},
 		Scopes: w, PeopleURL: "https://people.test", Inflight: state, Identity: identity, PrivacyKey: store.PrivacyKey(key), Grace: 2 * time.Second, Tick: 20 * time.Millisecond, Log: log})
 	ok(t, err)
-	t.Cleanup(func() { _ = w.broker.Close(); _ = state.Close(); _ = iss.Close() })
+	t.Cleanup(func() { _ = w.broker.Close(); g.Close(); _ = state.Close(); _ = iss.Close() })
 
 	file := filepath.Join(w.dir, "tokens.json")
 	for name, role := range map[string]auth.Role{"demo": auth.Orchestrator, "other": auth.Orchestrator, "orders": auth.ResourceServer,
