@@ -28,7 +28,7 @@ const people = `
 		jsonb_build_object('email', 'canary-doc-' || i, 'n', i, 'in', jsonb_build_array(jsonb_build_object('email', 'canary-deep-' || i))),
 		'write to canary-memo-' || i || '@example.net now', json_build_object('email', 'canary-ref-' || i) from generate_series(1, 5) i;
 	create view everybody as select id, name as called, email as contact, pin as code, doc, memo from people;
-	create function tell() returns trigger language plpgsql as $$ begin raise notice 'it was %', new.email using detail = new.email; return new; end $$;
+	create or replace function tell() returns trigger language plpgsql as $$ begin raise notice 'it was %', new.email using detail = new.email; return new; end $$;
 	create trigger tell before update on people for each row execute function tell();`
 
 var peopleRules = []store.MaskRule{{Column: "people.email"}, {Column: "people.pin"}, {Field: "email"}, {Detector: "email"}}

@@ -3,16 +3,10 @@ package postgres
 import (
 	"bytes"
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/tls"
-	"crypto/x509"
-	"crypto/x509/pkix"
 	"encoding/binary"
 	"fmt"
 	"io"
-	"math/big"
 	"net"
 	"strings"
 	"testing"
@@ -526,30 +520,36 @@ func TestTooManyConnectionsAreRefused(t *testing.T) {
 	}
 }
 
-// authority makes a certificate for host, and the pool that trusts it.
-func authority(t testing.TB, host string) (tls.Certificate, *x509.CertPool) {
-	t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
+func TestTheTargetsCertificateIsVerified(t *testing.T) {
+	access := everything()
+	access.TLS = ""
+	p := serve(t, access)
+	if _, err := pgconn.Connect(t.Context(), p.dsn("")); code(err) != "08001" {
+		t.Errorf("a certificate that nobody vouches for: %v", err)
 	}
-	tmpl := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: host}, DNSNames: []string{host}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
-		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour), IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageDigitalSignature | x509.KeyUsageCertSign}
-	der, err := x509.CreateCertificate(rand.Reader, tmpl, tmpl, key.Public(), key)
-	if err != nil {
-		t.Fatal(err)
+	if p.tap.reached("step") {
+		t.Error("the log-in went on without TLS")
 	}
-	cert, err := x509.ParseCertificate(der)
-	if err != nil {
-		t.Fatal(err)
+	p.sess.RootCAs = targetRoots
+	conn := p.connect("")
+	var on bool
+	if err := conn.QueryRow(t.Context(), "select $1::bool", true).Scan(&on); err != nil || !on {
+		t.Fatal(on, err)
 	}
-	pool := x509.NewCertPool()
-	pool.AddCert(cert)
-	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}, pool
+	if p.tap.reached("select") {
+		t.Error("a statement went to the target in the clear")
+	}
+	go func() { _ = conn.PgConn().CancelRequest(context.Background()) }()
+	if _, err := conn.Exec(t.Context(), "select pg_sleep(0.2)"); err != nil && code(err) != "57014" {
+		t.Error(err)
+	}
 }
 
 func TestClientsUseTLSAndTheTokenIsNotTakenInTheClearFromElsewhere(t *testing.T) {
-	cert, pool := authority(t, "gateway.test")
+	cert, pool, err := authority("gateway.test")
+	if err != nil {
+		t.Fatal(err)
+	}
 	p := serve(t, everything(), func(c *Config) { c.TLS = &tls.Config{Certificates: []tls.Certificate{cert}} })
 	cfg, err := pgx.ParseConfig(p.dsn(""))
 	if err != nil {

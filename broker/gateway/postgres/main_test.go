@@ -3,17 +3,27 @@ package postgres
 import (
 	"bytes"
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
+	"math/big"
 	"net"
 	"net/url"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -25,7 +35,10 @@ import (
 	"github.com/countersign-dev/countersign/store/ledger/postgrestest"
 )
 
-var server *postgrestest.Server
+var (
+	server      *postgrestest.Server
+	targetRoots *x509.CertPool // who vouches for it, as orders.internal
+)
 
 func TestMain(m *testing.M) {
 	os.Exit(func() int {
@@ -52,7 +65,38 @@ func schema() error {
 		return err
 	}
 	defer conn.Close(ctx)
+	cert, roots, err := authority("orders.internal")
+	if err != nil {
+		return err
+	}
+	targetRoots = roots
+	key, err := x509.MarshalPKCS8PrivateKey(cert.PrivateKey)
+	if err != nil {
+		return err
+	}
+	owner, err := os.Stat(server.Data())
+	if err != nil {
+		return err
+	}
+	uid := owner.Sys().(*syscall.Stat_t)
+	for name, text := range map[string]string{
+		"server.crt":  string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: cert.Certificate[0]})),
+		"server.key":  string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: key})),
+		"pg_hba.conf": "host all step all scram-sha-256\nhost all all all trust\n",
+	} {
+		file := filepath.Join(server.Data(), name)
+		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+			return err
+		}
+		if err := os.Chown(file, int(uid.Uid), int(uid.Gid)); err != nil {
+			return err
+		}
+	}
+	if _, err := conn.Exec(ctx, "alter system set ssl = on"); err != nil {
+		return err
+	}
 	_, err = conn.Exec(ctx, `
+		select pg_reload_conf();
 		create role step superuser login password 'the real secret';
 		create table orders (id int primary key, customer text, email text, amount numeric(10,2), paid boolean, doc jsonb, raw bytea, card bigint, at timestamptz);
 		insert into orders select i, 'customer ' || i, 'canary' || i || '@example.com', i * 1.5, i % 2 = 0,
@@ -61,6 +105,27 @@ func schema() error {
 		create table mine (id int, t text);
 		create table lines (t text);`)
 	return err
+}
+
+// authority makes a certificate for host, and the pool that trusts it.
+func authority(host string) (tls.Certificate, *x509.CertPool, error) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return tls.Certificate{}, nil, err
+	}
+	tmpl := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: host}, DNSNames: []string{host},
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour), IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageDigitalSignature | x509.KeyUsageCertSign}
+	der, err := x509.CreateCertificate(rand.Reader, tmpl, tmpl, key.Public(), key)
+	if err != nil {
+		return tls.Certificate{}, nil, err
+	}
+	cert, err := x509.ParseCertificate(der)
+	if err != nil {
+		return tls.Certificate{}, nil, err
+	}
+	pool := x509.NewCertPool()
+	pool.AddCert(cert)
+	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}, pool, nil
 }
 
 // record is a recorder that keeps what it is given.
