@@ -21,11 +21,7 @@ const maxReason = 1500
 
 // reasonOf is what people are asked to approve.
 func reasonOf(q *asked) string {
-	args := q.statement
-	if len(args) > maxReason {
-		args = fmt.Sprintf("%s… (cut, of %d bytes, %s)", start(args, maxReason), len(args), digestOf(args))
-	}
-	return "MCP " + q.use + " " + args
+	return "MCP " + q.use + " " + cut(q.statement, maxReason)
 }
 
 // ask asks for the scope that k's tool demands, and reports whether k may go on,

@@ -93,7 +93,7 @@ func (v *view) conn(id string) *conn {
 func (v *view) keep(c *conn) bool {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	if len(v.conns) >= maxConns {
+	if v.conns == nil || len(v.conns) >= maxConns { // nil: it has ended
 		return false
 	}
 	v.conns[c.id] = c

@@ -288,10 +288,10 @@ func TestACursorIsSealedForItsListAndItsSession(t *testing.T) {
 	}
 }
 
-// A statement of a megabyte is on record by its start and the digest of all.
+// A statement of 300 KB is on record by its start and the digest of all.
 func TestArgumentsThatNoEntryHoldsAreOnRecordByTheirDigest(t *testing.T) {
 	p := newPath(t, answering(`{"jsonrpc":"2.0","id":2,"result":{"content":[]}}`), access())
-	args := `{"id":"` + strings.Repeat(`\"x`, 400_000) + `"}`
+	args := `{"id":"` + strings.Repeat(`\"x`, 100_000) + `"}`
 	r := p.raw(t).send(t.Context(), `{"jsonrpc":"2.0","id":2,"method":"tools/call","params":{"name":"lookup_order","arguments":`+args+`}}`)
 	if r.status != http.StatusOK || !strings.Contains(r.body, `"content":[]`) {
 		t.Fatalf("%d %.200s", r.status, r.body)
@@ -368,7 +368,12 @@ func TestServersThatLieOrFailGetTheStepACleanError(t *testing.T) {
 		}), store.UseTimeout},
 	} {
 		t.Run(name, func(t *testing.T) {
-			p := newPath(t, drained(row.server), access(), func(c *Config) { c.Timeout = 300 * time.Millisecond })
+			t.Parallel()
+			p := newPath(t, drained(row.server), access(), func(c *Config) {
+				if row.err == store.UseTimeout {
+					c.Timeout = 300 * time.Millisecond
+				}
+			})
 			r := p.raw(t).send(t.Context(), `{"jsonrpc":"2.0","id":2,"method":"tools/call","params":{"name":"lookup_order","arguments":{}}}`)
 			if r.status != http.StatusOK || !strings.Contains(r.body, `"id":2`) || !strings.Contains(r.body, `"error"`) || strings.Contains(r.body, "example.com") {
 				t.Errorf("%d %.300s", r.status, r.body)
@@ -451,7 +456,7 @@ func TestOfAStreamTheStepGetsWhatIsItsOwn(t *testing.T) {
 }
 
 func TestAStepThatDoesNotReadOrSendHoldsNothingUp(t *testing.T) {
-	big := streaming(strings.Repeat("data: {\"jsonrpc\":\"2.0\",\"method\":\"notifications/message\",\"params\":{\"level\":\"info\",\"data\":\""+strings.Repeat("x", 1<<20)+"\"}}\n\n", 64))
+	big := streaming(strings.Repeat("data: {\"jsonrpc\":\"2.0\",\"method\":\"notifications/message\",\"params\":{\"level\":\"info\",\"data\":\""+strings.Repeat("x", 1<<20)+"\"}}\n\n", 32))
 	p := newPath(t, big, access(), func(c *Config) { c.Slow = 200 * time.Millisecond })
 	head := "POST / HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nAccept: application/json, text/event-stream\r\nAuthorization: Bearer " + p.token + "\r\n"
 

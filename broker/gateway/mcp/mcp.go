@@ -100,6 +100,9 @@ func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if err != nil {
 		g.cfg.Gateway.Refused(r.Context(), store.ProtocolMCP, remote(r), methodName(r.Method))
 		w.Header().Set("WWW-Authenticate", "Bearer")
+		if errors.Is(err, gateway.ErrProof) { // RFC 9449, section 7.1
+			w.Header().Set("WWW-Authenticate", `DPoP error="invalid_dpop_proof"`)
+		}
 		problem(w, http.StatusUnauthorized, "unauthenticated", "no session has this token: it is wrong, or its credential has ended")
 		return
 	}
@@ -311,13 +314,16 @@ func (x *exchange) record(r gateway.Refusal) bool {
 // refuse puts on record that something was not let through, and then says so.
 // m is nil where it could not be read.
 func (x *exchange) refuse(status int, m *message, statement string, no *refused) {
-	on := x.record(gateway.Refusal{Use: no.use, Statement: statement, Reason: no.reason})
+	on := x.record(gateway.Refusal{Use: no.use, Statement: cut(statement, maxKept), Reason: no.reason})
 	e := &rpcError{Code: no.code, Message: no.Error()}
 	if !on {
 		e = &rpcError{Code: codeInternal, Message: "refused by the gateway, which cannot record now"}
 	}
 	_, _ = x.answer(status, &message{ID: idOf(m), Error: e}) // who has hung up is not told
 }
+
+// maxKept is how much is recorded of what is refused, in bytes.
+const maxKept = 32 << 10
 
 // idOf is the id that an answer to m has: null where m has none, or is nil.
 func idOf(m *message) []byte {

@@ -2,6 +2,7 @@ package mcp
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net/http"
@@ -62,6 +63,9 @@ func newOrders(t testing.TB, rec func() *recorder) *orders {
 	sdk.AddTool(o.Server, &sdk.Tool{Name: "lookup_order"}, func(_ context.Context, _ *sdk.CallToolRequest, in lookup) (*sdk.CallToolResult, customer, error) {
 		on("tools/call lookup_order", `{"id":"`+in.ID+`"}`)
 		return nil, customer{in.ID, in.ID + "@example.com"}, nil
+	})
+	o.AddTool(&sdk.Tool{Name: "lookup_region", InputSchema: json.RawMessage(`{"type":"object","properties":{"region":{"type":"string","x-mcp-header":"Region"}}}`)}, func(_ context.Context, req *sdk.CallToolRequest) (*sdk.CallToolResult, error) {
+		return &sdk.CallToolResult{Content: []sdk.Content{&sdk.TextContent{Text: fmt.Sprint(string(req.Params.Arguments), req.Extra.Header["Mcp-Param-Region"])}}}, nil
 	})
 	sdk.AddTool(o.Server, &sdk.Tool{Name: "refund_order"}, func(_ context.Context, _ *sdk.CallToolRequest, in lookup) (*sdk.CallToolResult, any, error) {
 		on("tools/call refund_order", `{"id":"`+in.ID+`"}`)
@@ -160,6 +164,7 @@ func newOrdersPath(t testing.TB, opts *sdk.StreamableHTTPOptions, a *store.Acces
 func TestAClientAndAServerOfTheSDKWorkThroughTheGateway(t *testing.T) {
 	for name, setup := range setups {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			p, _ := newOrdersPath(t, setup.opts, access(store.MaskRule{Field: "email"}))
 			s, b := p.connect(setup.version, nil)
 			ctx := t.Context()
@@ -170,7 +175,7 @@ func TestAClientAndAServerOfTheSDKWorkThroughTheGateway(t *testing.T) {
 				tools = append(tools, tool.Name)
 			}
 			slices.Sort(tools)
-			if want := []string{"count", "elicit", "fail", "hang", "lookup_order", "picture", "refund_order", "resume"}; !slices.Equal(tools, want) {
+			if want := []string{"count", "elicit", "fail", "hang", "lookup_order", "lookup_region", "picture", "refund_order", "resume"}; !slices.Equal(tools, want) {
 				t.Errorf("tools %q, want %q", tools, want)
 			}
 			res, err := s.CallTool(ctx, &sdk.CallToolParams{Name: "lookup_order", Arguments: lookup{"17"}})
@@ -322,12 +327,52 @@ func TestDetectorsMaskTextProgressAndErrors(t *testing.T) {
 	}
 }
 
+func TestAnArgumentThatIsRepeatedInAHeaderArrives(t *testing.T) {
+	p, _ := newOrdersPath(t, &sdk.StreamableHTTPOptions{Stateless: true}, access())
+	s, _ := p.connect("", nil)
+	for _, err := range s.Tools(t.Context(), nil) { // the client learns which arguments
+		ok(t, err)
+	}
+	res, err := s.CallTool(t.Context(), &sdk.CallToolParams{Name: "lookup_region", Arguments: map[string]string{"region": "Süd"}})
+	ok(t, err)
+	if got := text(t, res); !strings.HasPrefix(got, `{"region":"Süd"}[=?base64?`) {
+		t.Errorf("%s", got)
+	}
+}
+
+func TestAClientWithoutASessionListensToChanges(t *testing.T) {
+	p, o := newOrdersPath(t, &sdk.StreamableHTTPOptions{Stateless: true}, access())
+	changed := make(chan struct{}, 8)
+	s, _ := p.connect("", &sdk.ClientOptions{ToolListChangedHandler: func(context.Context, *sdk.ToolListChangedRequest) { changed <- struct{}{} }})
+	p.rec.until("the client listens", func() bool { return p.rec.find("subscriptions/listen") != nil })
+	// The server knows of the subscription some time after it is on record.
+	within := time.After(10 * time.Second)
+	for n, every := 0, time.NewTicker(50*time.Millisecond); ; n++ {
+		select {
+		case <-changed:
+			ok(t, s.Close())
+			p.core.End(p.params.Intent)
+			if u := p.rec.finished("subscriptions/listen"); u.outcome.Error == "" {
+				t.Errorf("%+v", u.outcome)
+			}
+			return
+		case <-every.C:
+			sdk.AddTool(o.Server, &sdk.Tool{Name: fmt.Sprint("lookup_more", n)}, func(context.Context, *sdk.CallToolRequest, struct{}) (*sdk.CallToolResult, any, error) {
+				return nil, nil, nil
+			})
+		case <-within:
+			t.Fatal("no change was told")
+		}
+	}
+}
+
 func TestACancelledCallIsCancelledAtTheServer(t *testing.T) {
 	for name, setup := range setups {
 		if strings.Contains(name, "without sessions") {
 			continue // its server cannot tell whose call is meant (SDK, stateless mode)
 		}
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			p, o := newOrdersPath(t, setup.opts, access())
 			s, _ := p.connect(setup.version, nil)
 			ctx, cancel := context.WithCancel(t.Context())
@@ -379,6 +424,7 @@ func TestAClientThatHangsUpCancelsItsCall(t *testing.T) {
 func TestTheEndOfTheSessionCutsCallsAndStreamsWithinASecond(t *testing.T) {
 	for name, setup := range setups {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			p, o := newOrdersPath(t, setup.opts, access())
 			s, _ := p.connect(setup.version, nil)
 			errs := make(chan error, 1)
@@ -440,7 +486,7 @@ func TestWhatAServerAsksOfTheStepIsRefusedAndOnRecord(t *testing.T) {
 }
 
 func TestAToolWithAScopeOfItsOwnIsCalledUnderTheSessionThatPeopleApproved(t *testing.T) {
-	p, o := newOrdersPath(t, nil, access(), func(c *Config) { c.ApprovalWait, c.KeepAlive = 2*time.Second, 20*time.Millisecond })
+	p, o := newOrdersPath(t, nil, access(), func(c *Config) { c.ApprovalWait, c.KeepAlive = 300*time.Millisecond, 20*time.Millisecond })
 	approved := p.params
 	approved.Intent = store.NewID()
 	approved.Grant.Scope = "orders-mcp:refund"

@@ -32,7 +32,7 @@ type events struct {
 }
 
 func newEvents(r io.Reader, limit int) *events {
-	return &events{r: bufio.NewReaderSize(r, 4<<10), limit: limit, first: true}
+	return &events{r: bufio.NewReaderSize(r, 16<<10), limit: limit, first: true}
 }
 
 // next returns the next event, or the comment that came instead. An event that
@@ -92,27 +92,33 @@ func (s *events) next() (*event, error) {
 func (s *events) line(left *int) ([]byte, error) {
 	var line []byte
 	for {
-		c, err := s.r.ReadByte()
-		if err != nil {
+		if _, err := s.r.Peek(1); err != nil {
 			return nil, err
 		}
+		b, _ := s.r.Peek(s.r.Buffered())
 		if s.cr {
 			s.cr = false
-			if c == '\n' {
+			if b[0] == '\n' {
+				_, _ = s.r.Discard(1) // it was buffered
 				continue
 			}
 		}
-		switch c {
-		case '\r':
-			s.cr = true
-			return line, nil
-		case '\n':
-			return line, nil
+		end := bytes.IndexAny(b, "\r\n")
+		n := end
+		if end < 0 {
+			n = len(b)
 		}
-		if *left--; *left < 0 {
+		if *left -= n; *left < 0 {
 			return nil, errEventSize
 		}
-		line = append(line, c)
+		line = append(line, b[:n]...)
+		if end < 0 {
+			_, _ = s.r.Discard(n)
+			continue
+		}
+		s.cr = b[end] == '\r'
+		_, _ = s.r.Discard(n + 1)
+		return line, nil
 	}
 }
 

@@ -133,7 +133,7 @@ func (x *exchange) use(ctx context.Context, sess *gateway.Session, c *conn, q *a
 	digest := ""
 	if errors.Is(err, gateway.ErrTooLarge) {
 		digest = digestOf(q.statement)
-		u.Statement = fmt.Sprintf("%s… (cut, of %d bytes, %s)", start(q.statement, maxCut), len(q.statement), digest)
+		u.Statement = cut(q.statement, maxCut)
 		p, err = sess.Use(ctx, u)
 	}
 	if err != nil {
@@ -149,6 +149,14 @@ func digestOf(s string) string {
 
 // maxCut is how much is recorded of a statement that is too large, in bytes.
 const maxCut = 16 << 10
+
+// cut is s, or its start and the digest of the whole.
+func cut(s string, n int) string {
+	if len(s) <= n {
+		return s
+	}
+	return fmt.Sprintf("%s… (cut, of %d bytes, %s)", start(s, n), len(s), digestOf(s))
+}
 
 // start is at most n bytes of s, in whole characters.
 func start(s string, n int) string {
@@ -351,13 +359,14 @@ func (x *exchange) deliver(k *call, m *message, status int, eventID string) erro
 	if err != nil {
 		o.Error, err = store.UseClient, errWrite
 	}
-	k.finish(o, x.sample(k.sess.Grant.Access, out))
+	k.finish(o, sample(k.sess.Grant.Access, k.q, out))
 	return err
 }
 
-// sample is an excerpt of what the step got.
-func (x *exchange) sample(a *store.Access, out *message) string {
-	if a.MCP == nil || a.MCP.Sample <= 0 {
+// sample is an excerpt of what the step got of its target. What only describes
+// the target is none.
+func sample(a *store.Access, q *asked, out *message) string {
+	if a.MCP == nil || a.MCP.Sample <= 0 || q.objects == nil {
 		return ""
 	}
 	n := min(a.MCP.Sample, maxCut)
