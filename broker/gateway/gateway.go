@@ -8,6 +8,7 @@
 package gateway
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
@@ -66,7 +67,7 @@ type Config struct {
 	Recorder    Recorder
 	TrustDomain string            // of the SPIFFE ID under which those stand who show no token
 	Addresses   map[string]string // what steps are told, by protocol: postgres host:port, http and mcp a URL
-	Upstreams   map[string]string // host:port that is dialled, by the host that a catalogue names; hosts that are not here are dialled as named
+	Upstreams   map[string]string // host:port that is dialled, by the host, or host:port, that a catalogue names; others are dialled as named
 	RootCAs     *x509.CertPool    // whom targets' certificates are checked against; nil: the system's
 	MaxSessions int               // open at once; 0: any number
 	Now         func() time.Time  // time.Now by default
@@ -286,7 +287,7 @@ func (g *Gateway) OnAsk(ask Ask) { g.ask = ask }
 const dialWithin = 10 * time.Second
 
 // Dial connects to a target, at the address that Config.Upstreams gives its
-// host. network is that of net.Dial, and of TCP.
+// host and port, or else its host. network is that of net.Dial, and of TCP.
 func (g *Gateway) Dial(ctx context.Context, network, hostport string) (net.Conn, error) {
 	host, _, err := net.SplitHostPort(hostport)
 	if err != nil {
@@ -295,7 +296,7 @@ func (g *Gateway) Dial(ctx context.Context, network, hostport string) (net.Conn,
 	if !strings.HasPrefix(network, "tcp") {
 		return nil, net.UnknownNetworkError(network)
 	}
-	if to := g.Upstreams[strings.ToLower(host)]; to != "" {
+	if to := cmp.Or(g.Upstreams[strings.ToLower(hostport)], g.Upstreams[strings.ToLower(host)]); to != "" {
 		hostport = to
 	}
 	return g.dialer.DialContext(ctx, network, hostport)

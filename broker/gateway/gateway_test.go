@@ -506,7 +506,7 @@ func TestRefusalsAreOnRecordAndFloodsAreCountedBySession(t *testing.T) {
 		ok(t, loud.Refuse(t.Context(), gateway.Refusal{Use: "DELETE /", Reason: "the method is not allowed", Statement: "DELETE / \x00\xff", Remote: "192.0.2.1"}))
 	}
 	ok(t, quiet.Refuse(t.Context(), gateway.Refusal{Use: "PUT /", Reason: "the method is not allowed", Statement: strings.Repeat("PUT /\x01", 1<<20)}))
-	if got := r.entries(store.AccessRefused); len(got) < refusal.Burst+1 || len(got) > 2*refusal.Burst || got[len(got)-1].Run != "run-1" || got[len(got)-1].Sealed[store.SealedStatement] == "" {
+	if got := r.entries(store.AccessRefused); len(got) < refusal.Burst+1 || len(got) > 2*refusal.Burst || got[len(got)-1].Run != "run-1" || got[0].Decision.Outcome != store.Deny || got[0].Decision.Reasons[0] != "the method is not allowed" || got[len(got)-1].Sealed[store.SealedStatement] == "" {
 		t.Errorf("%d on record", len(got))
 	}
 	g.End(loud.Intent) // what is folded is not lost with the session
@@ -547,8 +547,12 @@ func TestTargetsAreDialledWhereTheConfigurationSaysTheyAre(t *testing.T) {
 			_ = c.Close()
 		}
 	}()
-	g := newGateway(t, memory{}, func(c *gateway.Config) { c.Upstreams = map[string]string{"Demo.internal": l.Addr().String()} })
-	for _, to := range []string{"demo.internal:80", "DEMO.internal:443", l.Addr().String()} {
+	g := newGateway(t, memory{}, func(c *gateway.Config) {
+		c.Upstreams = map[string]string{
+			"Demo.internal": l.Addr().String(), "orders.internal": "127.0.0.1:1", "orders.internal:5432": l.Addr().String(),
+		}
+	})
+	for _, to := range []string{"demo.internal:80", "DEMO.internal:443", "Orders.internal:5432", l.Addr().String()} {
 		c, err := g.Dial(t.Context(), "tcp", to)
 		ok(t, err)
 		b := make([]byte, 4)
@@ -557,7 +561,7 @@ func TestTargetsAreDialledWhereTheConfigurationSaysTheyAre(t *testing.T) {
 		}
 		_ = c.Close()
 	}
-	for _, bad := range [][2]string{{"tcp", "demo.internal"}, {"unix", "demo.internal:80"}, {"udp", "demo.internal:80"}} {
+	for _, bad := range [][2]string{{"tcp", "demo.internal"}, {"unix", "demo.internal:80"}, {"udp", "demo.internal:80"}, {"tcp", "orders.internal:80"}} {
 		if c, err := g.Dial(t.Context(), bad[0], bad[1]); err == nil {
 			c.Close()
 			t.Errorf("%v was dialled", bad)

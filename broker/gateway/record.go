@@ -247,9 +247,15 @@ const maxRefused = 1 << 10
 // a second, by number. The error wraps store.ErrUnavailable.
 func (s *Session) Refuse(ctx context.Context, r Refusal) error {
 	sub := s.submission(store.AccessRefused)
+	reason := fitting(r.Reason, maxRefused)
+	deny := store.Decision{Outcome: store.Deny, Reasons: []string{reason}}
+	if d := s.Story.Decision; d != nil {
+		deny.Policy = d.Policy
+	}
+	sub.Decision = &deny
 	sub.SetDetails(store.RefusedDetails{Method: s.Grant.Access.Protocol, Route: fitting(r.Use, maxRefused), Problem: "scope-denied",
-		Remote: fitting(r.Remote, 64), Intent: s.Intent, Reason: fitting(r.Reason, maxRefused)})
-	sub.Seal(store.SealedStatement, fitting(r.Statement, min(MaxStatement, store.MaxEntry-s.base-2*maxRefused-128)))
+		Remote: fitting(r.Remote, 64), Intent: s.Intent, Reason: reason})
+	sub.Seal(store.SealedStatement, fitting(r.Statement, min(MaxStatement, store.MaxEntry-s.base-3*maxRefused-128)))
 	s.mu.Lock()
 	if s.refusals == nil {
 		kind := func(sub *store.Submission) string {

@@ -32,7 +32,7 @@ gateway:
   http: {listen: {addr: 0.0.0.0:8789, cert: tls.pem, key: tls.key}, url: "https://gateway.example.com:8789/"}
   postgres: {listen: {addr: 127.0.0.1:8790}, address: gateway.example.com:8790}
   mcp: {listen: {addr: 127.0.0.1:8791}, url: http://127.0.0.1:8791}
-  upstreams: {orders.internal: "10.0.3.7:5432"}
+  upstreams: {orders.internal: "10.0.3.7:5432", "demo.internal:80": "127.0.0.1:8080"}
   ca_file: targets.pem
   max_sessions: 100
 `
@@ -108,7 +108,7 @@ func TestAConfigurationThatShouldNotRunIsRefusedWithItsPlace(t *testing.T) {
 		{"a gateway without URL", ", url: http://127.0.0.1:8791", "", "gateway.mcp: url: "},
 		{"a gateway at no address", "address: gateway.example.com:8790", "address: gateway.example.com", "gateway.postgres: address: "},
 		{"an upstream without port", `"10.0.3.7:5432"`, "10.0.3.7", "gateway.upstreams.orders.internal: "},
-		{"an upstream for a port", "{orders.internal:", `{"orders.internal:5432":`, "is not a host"},
+		{"an upstream for a URL", "{orders.internal:", `{"http://orders.internal":`, "is not a host"},
 		{"fewer sessions than none", "max_sessions: 100", "max_sessions: -1", "gateway.max_sessions"},
 	} {
 		t.Run(c.name, func(t *testing.T) {

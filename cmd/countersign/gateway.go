@@ -19,7 +19,7 @@ type gatewayConfig struct {
 	Postgres *gatewayAddress `yaml:"postgres"`
 	MCP      *gatewayURL     `yaml:"mcp"`
 
-	Upstreams   map[string]string `yaml:"upstreams"`    // host:port that is dialled, by the host that the catalogue names
+	Upstreams   map[string]string `yaml:"upstreams"`    // host:port that is dialled, by the host, or host:port, that the catalogue names
 	CA          string            `yaml:"ca_file"`      // PEM: whom targets' certificates are checked against; the system's by default
 	MaxSessions int               `yaml:"max_sessions"` // open at once; 0: any number
 }
@@ -57,8 +57,8 @@ func (c *gatewayConfig) check() error {
 		return errors.New("gateway.max_sessions is not negative; 0 is any number")
 	}
 	for host, to := range c.Upstreams {
-		if host == "" || strings.ContainsAny(host, ":/ ") {
-			return fmt.Errorf("gateway.upstreams: %q is not a host: write it as the catalogue does, without a port", host)
+		if host == "" || strings.ContainsAny(host, "/ ") || strings.Contains(host, ":") && hostPort(host) != nil {
+			return fmt.Errorf("gateway.upstreams: %q is not a host, or a host and a port, as the catalogue has it", host)
 		}
 		if err := hostPort(to); err != nil {
 			return fmt.Errorf("gateway.upstreams.%s: %w", host, err)
