@@ -144,7 +144,7 @@ func (f *Follower) used(ctx context.Context, e *event, overdue bool) ([]entry, b
 		return []entry{f.alert(store.AlertUse, e, nil, "", e.what+": "+why, t.accessor)}, false, nil
 	}
 	if t.intent == "" {
-		return unmatched("the token is named as ours, and names no intent")
+		return unmatched("the token names no intent as the issuer does")
 	}
 	c, err := f.credential(ctx, t, e.at)
 	if err != nil {

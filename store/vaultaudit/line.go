@@ -19,9 +19,10 @@ import (
 // a long line.
 const maxLine = 8 << 20
 
-// mark is in the name of every token that the issuer makes, and so in every
-// line about one. Lines without it are not decoded.
-const mark = "countersign-"
+// mark is in the metadata of every token that the issuer makes, and so in every
+// line about one. Lines with neither it nor a role of ours are not decoded. By
+// its name a token is not told: a broker's login may be called countersign too.
+const mark = `"intent"`
 
 // audited is what is read of a line of Vault's audit log (JSON format, as of
 // Vault 1.21; audit/format in its sources). What is HMAC'd stays so.
@@ -30,9 +31,8 @@ type audited struct {
 	Type  string    `json:"type"` // request or response
 	Error string    `json:"error"`
 	Auth  *struct {
-		Accessor    string            `json:"accessor"` // HMAC'd, unless the device was told not to
-		DisplayName string            `json:"display_name"`
-		Metadata    map[string]string `json:"metadata"`
+		Accessor string            `json:"accessor"` // HMAC'd, unless the device was told not to
+		Metadata map[string]string `json:"metadata"` // in the clear
 	} `json:"auth"`
 	Request struct {
 		ID        string `json:"id"`
@@ -109,7 +109,7 @@ func parse(line []byte, rolePrefix string) (*event, error) {
 	case a.Error != "":
 		e.failed = "error" // Vault's words may hold values
 	}
-	if a.Auth != nil && (a.Auth.Metadata["intent"] != "" || strings.HasPrefix(a.Auth.DisplayName, "token-"+mark)) {
+	if a.Auth != nil && a.Auth.Metadata["intent"] != "" && a.Auth.Metadata["request"] != "" {
 		e.by = newToken(a.Auth.Accessor, a.Auth.Metadata)
 	}
 	if role, ok := strings.CutPrefix(a.Request.Path, "auth/token/create/"); ok && strings.HasPrefix(role, rolePrefix) {
