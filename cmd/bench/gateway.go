@@ -40,7 +40,7 @@ func (d *dev) gateway(ctx context.Context, t *table, dsn string) error {
 	}
 	// The role of a step is made by Vault, and may read what the catalogue's role
 	// says; pgbench's tables are not in that.
-	if out, err := direct.command(ctx, "psql", "-Xq", "-c", "GRANT SELECT ON pgbench_accounts TO PUBLIC").CombinedOutput(); err != nil {
+	if out, err := direct.command(ctx, "psql", "-Xq", "-c", "GRANT SELECT ON pgbench_accounts, pgbench_branches TO PUBLIC").CombinedOutput(); err != nil {
 		return fmt.Errorf("psql: %w: %s", err, out)
 	}
 	bouncer, stop, err := startBouncer(ctx, direct)
@@ -230,7 +230,7 @@ func (d *dev) benchCatalogue(dir string) (string, error) {
 		return "", err
 	}
 	before := string(b)
-	after := strings.Replace(before, "tables: [orders]", "tables: [orders, pgbench_accounts]", 1)
+	after := strings.Replace(before, "tables: [orders]", "tables: [orders, pgbench_accounts, pgbench_branches]", 1)
 	if after == before {
 		return "", errors.New("dev's catalogue has no `tables: [orders]`")
 	}

@@ -86,7 +86,7 @@ recorder: {url: %q, writer: broker-1, token_file: %q, log_key: %q, head_file: %q
 vault: {addr: %q, token_file: %q}
 redis: {embedded: true}
 orchestrators: {tokens: %q}
-gateway: {postgres: {listen: {addr: %[12]q}, address: %[12]q}}
+gateway: {postgres: {listen: {addr: %[13]q}, address: %[13]q}}
 `, serve, p.API, file("identity.key"), file("privacy.key"), scopes, p.Recorder, file("writer"), logKey, file("head"), d.Vault.Addr, file("vault"), file("callers"), gateway))
 	if err != nil {
 		return nil, nil, err
