@@ -13,7 +13,7 @@ GOVULNCHECK ?= golang.org/x/vuln/cmd/govulncheck@v1.9.0
 
 # How many random histories the tests of properties try in test-slow, for 100
 # in test; and which packages have such tests, since others refuse the flag.
-RAPID_CHECKS ?= 2000
+RAPID_CHECKS ?= 500
 USES_RAPID = {{$$pkg := .ImportPath}}{{range .TestImports}}{{if eq . "pgregory.net/rapid"}}{{$$pkg}}{{end}}{{end}}{{range .XTestImports}}{{if eq . "pgregory.net/rapid"}}{{$$pkg}}{{end}}{{end}}
 
 # Debian keeps PostgreSQL's server programs off PATH.
