@@ -17,7 +17,7 @@ import (
 // maxReason is how much of a call's arguments people are shown as the reason, in
 // bytes. The approval is for the words that they see: what does not fit is told
 // by its digest.
-const maxReason = 1500
+const maxReason = 12 << 10
 
 // reasonOf is what people are asked to approve.
 func reasonOf(q *asked) string {
@@ -68,6 +68,9 @@ func (x *exchange) ask(k *call) bool {
 		}
 		x.toolError(k, text+"Call the tool again, with the same arguments, once it is approved.")
 		return false
+	case errors.Is(got.err, gateway.ErrDenied):
+		x.toolError(k, fmt.Sprintf("Tool %s needs scope %s, which was denied. Nothing was called.", k.q.name, k.q.scope))
+		return false
 	case got.err != nil:
 		x.g.cfg.Log.Info("a tool's scope was not granted", zap.String("scope", k.q.scope), zap.Error(got.err))
 		x.toolError(k, fmt.Sprintf("Tool %s needs scope %s, which was not granted. Nothing was called.", k.q.name, k.q.scope))
@@ -85,10 +88,14 @@ func (x *exchange) ask(k *call) bool {
 // speaks against it.
 func (x *exchange) adopt(k *call, sess *gateway.Session) string {
 	a := sess.Grant.Access
+	var tool *store.MCPTool
+	if a != nil {
+		tool = toolOf(a, k.q.name)
+	}
 	switch {
 	case a == nil || a.Protocol != store.ProtocolMCP || a.Upstream != x.v.access.Upstream:
 		return "scope " + k.q.scope + " is not for this MCP server"
-	case toolOf(a, k.q.name) == nil:
+	case tool == nil || tool.Scope != "":
 		return "scope " + k.q.scope + " does not allow the tool that demands it"
 	}
 	hide := x.v.hide.fresh()

@@ -283,7 +283,7 @@ func TestACursorIsSealedForItsListAndItsSession(t *testing.T) {
 			t.Errorf("%s: %q", name, got)
 		}
 	}
-	if v.sealed("tools/list", "x") == v.sealed("tools/list", "x") {
+	if one, two := v.sealed("tools/list", "x"), v.sealed("tools/list", "x"); one == two {
 		t.Error("a nonce was used twice")
 	}
 }

@@ -1,3 +1,5 @@
+//lint:file-ignore SA1019 What the SDK deprecates is served, and so tested.
+
 package mcp
 
 import (
@@ -490,7 +492,7 @@ func TestAToolWithAScopeOfItsOwnIsCalledUnderTheSessionThatPeopleApproved(t *tes
 	approved := p.params
 	approved.Intent = store.NewID()
 	approved.Grant.Scope = "orders-mcp:refund"
-	a := *access()
+	a := store.Access{MCP: &store.MCPAccess{Tools: []store.MCPTool{{Name: "refund_order"}}}}
 	a.Protocol, a.Upstream, a.Inject = p.params.Grant.Access.Protocol, p.params.Grant.Access.Upstream, p.params.Grant.Access.Inject
 	approved.Grant.Access = &a
 	var asked []string
@@ -527,14 +529,25 @@ func TestAToolWithAScopeOfItsOwnIsCalledUnderTheSessionThatPeopleApproved(t *tes
 	}
 	p.rec.until("the session of the approval ends", func() bool { return !p.core.Has(approved.Intent) })
 
-	other := *access()
-	other.Protocol, other.Upstream = store.ProtocolMCP, "http://elsewhere.internal"
-	approved.Intent, approved.Grant.Access = store.NewID(), &other
-	if _, err := s.CallTool(t.Context(), call); err == nil || !strings.Contains(err.Error(), "is not for this MCP server") {
-		t.Errorf("an approval for elsewhere: %v", err)
+	elsewhere, again := a, a
+	elsewhere.Upstream = "http://elsewhere.internal"
+	again.MCP = access().MCP
+	for want, other := range map[string]*store.Access{"is not for this MCP server": &elsewhere, "does not allow the tool": &again} {
+		approved.Intent, approved.Grant.Access = store.NewID(), other
+		if _, err := s.CallTool(t.Context(), call); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("an approval that %s: %v", want, err)
+		}
+		if o.reached.Load() != 1 || p.core.Has(approved.Intent) {
+			t.Errorf("an approval that %s was used, or its session lives on", want)
+		}
 	}
-	if o.reached.Load() != 1 || p.core.Has(approved.Intent) {
-		t.Error("an approval for elsewhere was used, or its session lives on")
+	p.core.OnAsk(func(context.Context, *gateway.Session, string, string) (*gateway.Session, error) {
+		return nil, fmt.Errorf("%w: no", gateway.ErrDenied)
+	})
+	res, err = s.CallTool(t.Context(), call)
+	ok(t, err)
+	if got := text(t, res); !res.IsError || !strings.Contains(got, "was denied") || o.reached.Load() != 1 {
+		t.Errorf("%q", got)
 	}
 }
 

@@ -81,8 +81,8 @@ var params = map[string][]string{
 // levels of logging (RFC 5424, section 6.2.1).
 var levels = []string{"debug", "info", "notice", "warning", "error", "critical", "alert", "emergency"}
 
-// names of tools, as MCP 2025-11-25 has them.
-var names = regexp.MustCompile(`^[A-Za-z0-9_./-]{1,128}$`)
+// names of tools: those that MCP 2025-11-25 has, and what is in use beside them.
+var names = regexp.MustCompile(`^[A-Za-z0-9_./:-]{1,128}$`)
 
 const maxURI = 2048 // bytes
 
