@@ -119,7 +119,7 @@ func (h *house) request(kind, path string) *cred {
 	c := &cred{request: fmt.Sprintf("req_%d", h.n), intent: store.NewID(), accessor: fmt.Sprintf("accessor-%d", h.n), path: path}
 	c.entry = store.Entry{V: store.Version, Agent: "spiffe://example/step", Orchestrator: "demo", Run: "run-1", Step: "step-1", Request: c.request, Resource: "vault://secret", Action: "demo",
 		Decision: &store.Decision{Outcome: store.Allow, Policy: "sha256:x", Reasons: []string{}}, Risk: &store.Risk{Sensitivity: "low"}}
-	g := store.Grant{Scope: "demo", Engine: kind, TTL: store.Duration(10 * time.Minute), Revocable: true, Path: path}
+	g := store.Grant{Scope: "demo", Engine: kind, Role: "countersign-demo", TTL: store.Duration(10 * time.Minute), Revocable: true, Path: path}
 	if path != "" {
 		g.Method = "read"
 	}
@@ -344,12 +344,21 @@ func TestTheMintsOwnCallsAreNoUses(t *testing.T) {
 	if n := len(h.entries(store.CredentialUsed)); n != 2 {
 		t.Errorf("%d uses", n)
 	}
+	// One whose child was dropped: what is made for its intent afterwards is not its.
+	e := h.request("pki", "pki/sign/service")
+	h.write(made("m-3", time.Now(), e.accessor, e.meta()))
+	h.append(e, store.CredentialIssued, "", store.IssuedDetails{Intent: e.intent, Attempt: 1, Kind: "pki", Expires: store.At(time.Now().Add(9 * time.Minute))})
+	h.write(made("m-4", time.Now().Add(time.Minute), "accessor-x", e.meta()))
+	h.read(h.open(h.file()), 2)
+	if n := h.alerts(); n[store.AlertMint] != 1 || len(n) != 1 {
+		t.Errorf("%v", n)
+	}
 	// A mint that failed: its calls are accounted for by the intent.
 	d := h.request("database", "database/creds/orders")
 	h.append(d, store.CredentialFailed, "", store.FailedDetails{Intent: d.intent, Attempt: 1, Problem: "vault-unavailable", Stage: "secret"})
 	h.write(made("m-2", time.Now(), d.accessor, d.meta()), lineOf("response", "r-4", time.Now(), "read", d.path, d.accessor, d.meta(), map[string]any{"error": "x"}))
 	h.read(h.open(h.file()), 2)
-	if n := h.alerts(); len(n) > 0 {
+	if n := h.alerts(); n[store.AlertMint] != 1 || len(n) != 1 {
 		t.Errorf("%v", n)
 	}
 }
@@ -362,34 +371,38 @@ func TestAMintThatNoIntentAccountsForRaisesAnAlert(t *testing.T) {
 	h.write(
 		made("ok", at, good.accessor, good.meta()),
 		made("another", at, "accessor-x", good.meta()), // for an intent that gave another token
-		made("unnamed", at, "accessor-y", nil),         // for none
+		strings.ReplaceAll(made("elsewhere", at, good.accessor, good.meta()), "countersign-demo", "countersign-other"), // under another role
+		made("unnamed", at, "accessor-y", nil), // for none
 		made("strange", at, "accessor-z", map[string]string{"request": "req 1", "intent": good.intent}),
 		made("unknown", at, "accessor-0", none), // for one that is not on record, which may still come
 	)
 	f := h.open(h.file())
-	eventually(t, "one waits", func() bool { c := f.Counts(); return c.Waiting == 1 && c.AlertMint == 3 && c.Mints == 1 })
+	eventually(t, "one waits", func() bool { c := f.Counts(); return c.Waiting == 1 && c.AlertMint == 4 && c.Mints == 1 })
 	eventually(t, "the cursor stands before the one that waits", func() bool {
 		p, err := (&cursor{filepath.Join(h.dir, "cursor"), "vault-audit.example/log"}).read()
 		text, err2 := os.ReadFile(h.log)
 		return err == nil && err2 == nil && p.Next > 0 && strings.Contains(string(text[p.Next:]), `"unknown"`) && strings.Count(string(text[p.Next:]), "\n") == 1
 	})
 	h.ahead.Store(int64(grace))
-	h.read(f, 5)
-	if n := h.alerts(); n[store.AlertMint] != 4 || len(n) != 1 {
+	h.read(f, 6)
+	if n := h.alerts(); n[store.AlertMint] != 5 || len(n) != 1 {
 		t.Error(n)
 	}
 	if err := os.Remove(filepath.Join(h.dir, "cursor")); err != nil {
 		t.Fatal(err)
 	}
-	h.read(h.open(h.file()), 5)
-	if n := h.alerts(); n[store.AlertMint] != 4 || len(n) != 1 {
+	h.read(h.open(h.file()), 6)
+	if n := h.alerts(); n[store.AlertMint] != 5 || len(n) != 1 {
 		t.Error(n)
 	}
 }
 
 func TestAWrappedMintIsAccountedForByTheHashOfItsIntent(t *testing.T) {
 	h := newHouse(t)
-	c := h.issued()
+	c := h.request("token", "")
+	h.append(c, store.CredentialIssued, "", store.IssuedDetails{Intent: c.intent, Attempt: 1, Kind: "wrapped", Revocable: true, Accessor: c.accessor, WrappingAccessor: "w", Expires: store.At(time.Now().Add(9 * time.Minute))})
+	failed := h.request("token", "")
+	h.append(failed, store.CredentialFailed, "", store.FailedDetails{Intent: failed.intent, Attempt: 1, Problem: "vault-unavailable", Stage: "create"})
 	wrapped := func(id, intent, accessor string) string {
 		return lineOf("response", id, time.Now(), "update", "auth/token/create/countersign-demo", "broker", nil, map[string]any{
 			"auth":     map[string]any{"accessor": hmacOf("broker")},
@@ -398,10 +411,10 @@ func TestAWrappedMintIsAccountedForByTheHashOfItsIntent(t *testing.T) {
 		})
 	}
 	h.ahead.Store(int64(grace))
-	h.write(wrapped("w-1", c.intent, c.accessor), wrapped("w-2", store.NewID(), "accessor-x"), wrapped("w-3", c.intent, "accessor-y"))
+	h.write(wrapped("w-1", c.intent, c.accessor), wrapped("w-2", store.NewID(), "accessor-x"), wrapped("w-3", c.intent, "accessor-y"), wrapped("w-4", failed.intent, failed.accessor))
 	f := h.open(h.file())
-	h.read(f, 3)
-	if n := h.alerts(); n[store.AlertMint] != 2 || f.Counts().Mints != 1 {
+	h.read(f, 4)
+	if n := h.alerts(); n[store.AlertMint] != 2 || f.Counts().Mints != 2 {
 		t.Errorf("%v %+v", n, f.Counts())
 	}
 }

@@ -25,7 +25,10 @@ const (
 	maxCached = 10_000
 	// maxIntents is how many intents of one time a wrapped token is looked for
 	// among.
-	maxIntents = 1000
+	maxIntents = 20_000
+
+	// createPath is where tokens are made, and the role follows.
+	createPath = "auth/token/create/"
 )
 
 // credential is what the record says of an intent and of what came of it.
@@ -78,7 +81,7 @@ func (f *Follower) made(ctx context.Context, e *event, overdue bool) ([]entry, b
 		return []entry{f.alert(store.AlertMint, e, nil, "", e.what+": "+why, e.id)}, false, nil
 	}
 	if t.intent == "" && t.hashed != "" {
-		if err := f.find(ctx, t, e.at); err != nil {
+		if err := f.find(ctx, t, e.at, overdue); err != nil {
 			return nil, false, err
 		}
 		if t.intent == "" && !overdue {
@@ -93,18 +96,23 @@ func (f *Follower) made(ctx context.Context, e *event, overdue bool) ([]entry, b
 		return nil, false, err
 	}
 	switch {
-	case c.issued != nil && (c.hashed == "" || c.is(t)):
-		return f.accounted()
-	case c.issued != nil:
-		return alert("for its intent another token is on record")
-	case c.began.IsZero() && overdue:
-		return alert("its intent is not on record")
-	case !overdue && !c.failed:
+	case c.began.IsZero() && !overdue:
 		return nil, true, nil
-	case e.at.Sub(c.began) > grace:
-		return alert("its intent was long over")
+	case c.began.IsZero():
+		return alert("its intent is not on record")
+	case e.path != createPath+c.grant.Role:
+		return alert("its intent is for another role")
+	case c.issued != nil && c.is(t):
+		return f.accounted()
+	case c.issued != nil && c.hashed != "":
+		return alert("for its intent another token is on record")
+	case c.issued != nil && e.at.After(c.issued.Time.Add(skew)), e.at.Sub(c.began) > grace:
+		return alert("its intent was over")
+	case c.issued == nil && !overdue && !c.failed:
+		return nil, true, nil
 	}
-	// Failed, abandoned, or about to be: the token dies by its first TTL.
+	// The child ended with the mint: once it had fetched a secret that does not
+	// hang on it, or because the mint failed or was abandoned.
 	return f.accounted()
 }
 
@@ -113,28 +121,57 @@ func (f *Follower) accounted() ([]entry, bool, error) {
 	return nil, false, nil
 }
 
-// find looks for the intent of a wrapped token, whose metadata is HMAC'd, among
-// those of its time.
-func (f *Follower) find(ctx context.Context, t *token, at time.Time) error {
-	page, err := f.o.Ledger.History(ctx, ledger.Query{Type: string(store.CredentialIssuing), From: at.Add(-store.MaxIntentAge - skew), To: at.Add(skew), Limit: maxIntents})
-	if err != nil {
+// find looks for the intent of a wrapped token, whose metadata is HMAC'd: among
+// those whose tokens came wrapped at that time, and, when it is overdue, among
+// all of that time, since a mint may have failed.
+func (f *Follower) find(ctx context.Context, t *token, at time.Time, overdue bool) error {
+	match := func(typ store.Type, from, to time.Time, intent func(*store.Entry) (string, error)) error {
+		q := ledger.Query{Type: string(typ), From: from, To: to}
+		for n := 0; n < maxIntents; {
+			page, err := f.o.Ledger.History(ctx, q)
+			if err != nil {
+				return err
+			}
+			for _, h := range page.Entries {
+				e, err := store.ParseLeaf(h.Entry)
+				if err != nil {
+					return fmt.Errorf("entry %d: %w", h.Index, err)
+				}
+				id, err := intent(e)
+				if err != nil {
+					return fmt.Errorf("entry %d: %w", h.Index, err)
+				}
+				if id == "" {
+					continue
+				}
+				sum, err := f.hash(ctx, id)
+				if err != nil {
+					return err
+				}
+				if sum == t.hashed || id == t.hashed {
+					t.intent, t.request = id, e.Request
+					return nil
+				}
+			}
+			n += len(page.Entries)
+			if page.Next == "" {
+				break
+			}
+			q.Cursor = page.Next
+		}
+		return nil
+	}
+	err := match(store.CredentialIssued, at.Add(-skew), at.Add(grace), func(e *store.Entry) (string, error) {
+		d, err := store.DetailsAs[store.IssuedDetails](e)
+		if d.WrappingAccessor == "" {
+			return "", err
+		}
+		return d.Intent, err
+	})
+	if err != nil || t.intent != "" || !overdue {
 		return err
 	}
-	for _, h := range page.Entries {
-		e, err := store.ParseLeaf(h.Entry)
-		if err != nil {
-			return fmt.Errorf("entry %d: %w", h.Index, err)
-		}
-		sum, err := f.hash(ctx, e.ID)
-		if err != nil {
-			return err
-		}
-		if sum == t.hashed || e.ID == t.hashed {
-			t.intent, t.request = e.ID, e.Request
-			return nil
-		}
-	}
-	return nil
+	return match(store.CredentialIssuing, at.Add(-store.MaxIntentAge-skew), at.Add(skew), func(e *store.Entry) (string, error) { return e.ID, nil })
 }
 
 // used judges a request that was made with a token which says that it is ours.
@@ -151,7 +188,7 @@ func (f *Follower) used(ctx context.Context, e *event, overdue bool) ([]entry, b
 		return nil, false, err
 	}
 	switch {
-	case c.issued == nil && c.own(e):
+	case c.issued == nil && c.own(e) && e.at.Sub(c.began) <= grace:
 		return nil, !overdue && !c.failed, nil // the mint's own call
 	case c.issued == nil && !overdue && !c.failed:
 		return nil, true, nil

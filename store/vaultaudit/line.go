@@ -112,7 +112,7 @@ func parse(line []byte, rolePrefix string) (*event, error) {
 	if a.Auth != nil && a.Auth.Metadata["intent"] != "" && a.Auth.Metadata["request"] != "" {
 		e.by = newToken(a.Auth.Accessor, a.Auth.Metadata)
 	}
-	if role, ok := strings.CutPrefix(a.Request.Path, "auth/token/create/"); ok && strings.HasPrefix(role, rolePrefix) {
+	if role, ok := strings.CutPrefix(a.Request.Path, createPath); ok && strings.HasPrefix(role, rolePrefix) {
 		switch r := a.Response; {
 		case r.Auth != nil && r.Auth.Accessor != "":
 			e.created = newToken(r.Auth.Accessor, r.Auth.Metadata)
