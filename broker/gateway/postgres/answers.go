@@ -92,6 +92,9 @@ func (c *conn) data(typ byte, n int) error {
 	if it.plan.plain && len(it.sample) >= c.session.Grant.Access.Postgres.Sample {
 		if err := c.target.r.relay(c.w, typ, n); err != nil {
 			c.partial = true
+			if err == errClient {
+				return err
+			}
 			return fmt.Errorf("%w: %w", errTarget, err)
 		}
 		return nil
@@ -123,11 +126,11 @@ func (c *conn) planned(it *item) error {
 		it.plan = &plan{plain: true}
 		return nil
 	}
-	fields := it.fields
-	if it.kind == executing {
-		fields = it.st.fields
+	if it.kind == running {
+		it.plan = c.planOf(it.fields, it.columns)
+	} else {
+		it.plan = c.planOf(inFormats(it.st.fields, it.formats), it.columns)
 	}
-	it.plan = c.planOf(fields, it.columns, it.formats)
 	if it.plan == nil {
 		// The target's tables are not what they were when its catalog was read.
 		c.g.stale(c.session, c.rules)

@@ -110,13 +110,16 @@ func (g *Gateway) Serve(ctx context.Context, l net.Listener) error {
 func (g *Gateway) serve(ctx context.Context, client net.Conn) {
 	g.mu.Lock()
 	g.open++
-	full := g.open > g.MaxConns
+	full, flood := g.open > g.MaxConns, g.open > 2*g.MaxConns
 	g.mu.Unlock()
 	defer func() {
 		g.mu.Lock()
 		g.open--
 		g.mu.Unlock()
 	}()
+	if flood { // not even told why
+		return
+	}
 	// Whoever does not log in is cut, however slowly it writes.
 	_ = client.SetDeadline(time.Now().Add(g.Handshake))
 	stop := context.AfterFunc(ctx, func() { _ = client.SetDeadline(time.Unix(1, 0)) })

@@ -2,6 +2,7 @@ package postgres
 
 import (
 	"context"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -68,6 +69,11 @@ func TestPgbenchRunsUnchangedInEachProtocolAndEveryStatementIsOnRecord(t *testin
 func BenchmarkSelect(b *testing.B) {
 	pgbench(b, server.DSN, "-i", "-q", "-s", "1")
 	p := serve(b, everything())
+	u, err := url.Parse(server.DSN)
+	if err != nil {
+		b.Fatal(err)
+	}
+	p.sess.Upstreams["orders.internal"] = u.Host // without the tap
 	for _, clients := range []string{"1", "16"} {
 		for name, dsn := range map[string]string{"direct": server.DSN, "gateway": p.dsn("")} {
 			b.Run(name+"-"+clients, func(b *testing.B) {

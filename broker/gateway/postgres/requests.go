@@ -100,6 +100,7 @@ func (c *conn) request(typ byte, n int) error {
 	case 'd':
 		return c.copyData(n)
 	case 'X':
+		c.leave()
 		return io.EOF
 	}
 	if n > c.g.MaxMessage {
@@ -162,6 +163,17 @@ func (c *conn) request(typ byte, n int) error {
 		return c.refuse("function call", "", "0A000", "the protocol's function call is not supported", true)
 	}
 	return fmt.Errorf("%w: message %q", errBroken, typ)
+}
+
+// leave lets what was sent to its end, as PostgreSQL does for a client that says
+// farewell, and says it to the target.
+func (c *conn) leave() {
+	c.mu.Lock()
+	for c.first < len(c.queue) && c.copying == nil && c.cause == nil && !c.open {
+		c.changed.Wait()
+	}
+	c.mu.Unlock()
+	_, _ = c.target.Write(appendMessage(nil, 'X', nil))
 }
 
 // begin waits until all that came before this segment is answered, and then

@@ -70,28 +70,39 @@ type column struct {
 	text      bool // its values are any text, in both formats
 }
 
+// inFormats are fields in the formats that Bind asked for, whatever they were
+// described in. It returns nil where they do not fit each other.
+func inFormats(fields []field, formats []int16) []field {
+	if fields == nil || len(formats) > 1 && len(formats) != len(fields) {
+		return nil
+	}
+	out := make([]field, len(fields))
+	for i, f := range fields {
+		switch len(formats) {
+		case 0:
+			f.format = 0
+		case 1:
+			f.format = formats[0]
+		default:
+			f.format = formats[i]
+		}
+		out[i] = f
+	}
+	return out
+}
+
 // planOf makes a plan for rows of fields of which columns are hidden. It
-// returns nil where rows and columns do not fit each other, so that they must be
-// withheld.
-func (c *conn) planOf(fields []field, columns []bool, formats []int16) *plan {
+// returns nil where they do not fit each other, so that rows must be withheld.
+func (c *conn) planOf(fields []field, columns []bool) *plan {
 	if fields == nil || columns != nil && len(columns) != len(fields) {
 		return nil
 	}
 	p := &plan{plain: true, columns: make([]column, len(fields))}
 	for i, f := range fields {
-		format := f.format
-		switch {
-		case len(formats) == 1:
-			format = formats[0]
-		case len(formats) == len(fields):
-			format = formats[i]
-		case len(formats) > 0:
+		if f.format != 0 && f.format != 1 {
 			return nil
 		}
-		if format != 0 && format != 1 {
-			return nil
-		}
-		col := column{typ: f.typ, binary: format == 1, text: textual(f.typ) || c.rules.texts[f.typ]}
+		col := column{typ: f.typ, binary: f.format == 1, text: textual(f.typ) || c.rules.texts[f.typ]}
 		switch {
 		// What the guard derived from the statement, and what the target says of the
 		// column's origin: either is enough.

@@ -79,17 +79,21 @@ func (r *reader) skip(n int) error {
 	return unexpected(err)
 }
 
-// relay writes the message to w as it arrives.
+// relay writes the message to w as it arrives. The error is errClient where it is
+// w's.
 func (r *reader) relay(w *bufio.Writer, typ byte, n int) error {
 	if n <= r.Buffered() { // the common case, in one copy
 		b, _ := r.Peek(n)
 		err := writeMessage(w, typ, b)
 		_, _ = r.Discard(n)
-		return err
+		if err != nil {
+			return errClient
+		}
+		return nil
 	}
 	h := head(typ, n)
 	if _, err := w.Write(h[:]); err != nil {
-		return err
+		return errClient
 	}
 	for n > 0 {
 		if r.Buffered() == 0 {
@@ -99,7 +103,7 @@ func (r *reader) relay(w *bufio.Writer, typ byte, n int) error {
 		}
 		b, _ := r.Peek(min(n, r.Buffered()))
 		if _, err := w.Write(b); err != nil {
-			return err
+			return errClient
 		}
 		n -= len(b)
 		_, _ = r.Discard(len(b))
