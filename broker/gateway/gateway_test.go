@@ -184,7 +184,7 @@ func TestUsesAreOnRecordInTheOrderOfEachConnectionAndShareAppends(t *testing.T) 
 	// Each append takes a while, so that uses wait for the next.
 	r.set(func([]*store.Submission) error { time.Sleep(2 * time.Millisecond); return nil }, nil)
 	g := newGateway(t, r)
-	const sessions, conns, each = 8, 4, 20
+	const sessions, conns, each = 5, 4, 12
 	var all sync.WaitGroup
 	for i := range sessions {
 		s, _ := open(t, g)
@@ -471,11 +471,11 @@ func TestOutcomesFitInAnEntryWhateverATargetSays(t *testing.T) {
 	r := newRecorder(t)
 	g := newGateway(t, r)
 	s, _ := open(t, g)
+	hostile := strings.Repeat("\x01\"\\\xff\n", 10_000)
 	for range 5 {
 		p, err := s.Use(t.Context(), slices.Repeat([]gateway.Use{{Use: "GET /"}}, 100)...)
 		ok(t, err)
 		for _, p := range p {
-			hostile := strings.Repeat("\x01\"\\\xff\n", 10_000)
 			p.Finish(store.UseOutcome{Status: hostile, Error: hostile, Digest: hostile, Rows: 1 << 62, Sent: 1 << 62, Received: 1 << 62, Masked: 1 << 62}, "")
 		}
 	}
