@@ -167,7 +167,11 @@ func tell(e *store.Entry) *told {
 		t.Title, t.Tone = "The credential was used", "accent"
 		t.fact("What was done", d.Use)
 		t.fact("Reached", strings.Join(d.Objects, ", "))
-		t.fact("Seen by", strings.Trim(d.By+", "+d.Via, ", "))
+		seen := strings.Trim(d.By+", "+d.Via, ", ")
+		if d.By == d.Via {
+			seen = d.By
+		}
+		t.fact("Seen by", seen)
 		if d.Via == store.ViaGateway {
 			t.Title = "The credential was used on the access path"
 			t.fact("Connection", strings.Trim(d.Protocol+", "+d.Conn, ", "))
