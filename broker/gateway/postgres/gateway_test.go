@@ -398,3 +398,24 @@ func TestAStatementThatNoEntryHoldsIsRefusedAndTheConnectionStaysUsable(t *testi
 		t.Errorf("a long parameter is not on record: %+v", p.record.uses())
 	}
 }
+
+func TestCopyOfPgxInBinaryIsOnRecordByDigest(t *testing.T) {
+	p := serve(t, everything())
+	conn := p.connect("")
+	rows := make([][]any, 2000)
+	for i := range rows {
+		rows[i] = []any{int32(i), strings.Repeat("z", 50)}
+	}
+	n, err := conn.CopyFrom(t.Context(), pgx.Identifier{"mine"}, []string{"id", "t"}, pgx.CopyFromRows(rows))
+	if err != nil || n != 2000 {
+		t.Fatal(n, err)
+	}
+	uses := p.record.uses()
+	eventually(t, "its outcome", func() bool { return p.record.outcomes()[uses[len(uses)-1].id].Rows == 2000 })
+	if o := p.record.outcomes()[uses[len(uses)-1].id]; o.Sent < 2000*50 || !strings.HasPrefix(o.Digest, "sha256:") || o.Status != "COPY 2000" {
+		t.Errorf("%+v", o)
+	}
+	if _, err := conn.Exec(t.Context(), "delete from mine where true"); err != nil {
+		t.Fatal(err)
+	}
+}
