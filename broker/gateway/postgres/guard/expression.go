@@ -133,7 +133,7 @@ func (a *analysis) indirection(sc *scope, i *pgquery.A_Indirection) taint {
 			ref := i.Arg.GetColumnRef()
 			if ref != nil && at == 0 {
 				if s, others := a.alias(sc, ref.Fields); s != nil && !(len(ref.Fields) == 1 && a.isColumn(sc, ref.Fields[0].GetString_().GetSval())) {
-					c, ok := s.column(name)
+					c, ok := a.field(s, name)
 					if !ok {
 						a.refuse("42703", quoted("column", name)+" is not known")
 					}

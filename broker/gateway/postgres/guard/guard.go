@@ -24,8 +24,8 @@ import (
 // process.
 const (
 	maxStatement = 256 << 10 // bytes
-	maxPath      = 3000      // tokens that can nest within each other
-	unscanned    = 1500      // bytes that cannot hold maxPath tokens, nor twice the depth of their number
+	maxPath      = 2000      // tokens that can nest within each other
+	unscanned    = 1000      // bytes that hold fewer tokens than maxPath
 	large        = 16 << 10  // bytes of what is parsed one at a time
 	maxStrings   = 100       // statements in one string
 	maxSteps     = 500_000   // nodes looked at for one string
@@ -60,8 +60,10 @@ type Statement struct {
 	Copy    string // in, out, or empty
 
 	// The names of what SQL itself prepares and declares. What comes near
-	// something masked is never prepared or declared, so that EXECUTE and FETCH
-	// return nothing hidden, whatever their names mean by then.
+	// something masked is refused there (0A000). Statements and portals of the
+	// extended protocol bear names of the same kind, and they can come near it:
+	// Columns and Tainted of an EXECUTE or a FETCH are those of what its name
+	// means in the connection.
 
 	Prepare, Execute, Deallocate, Declare, Fetch, CloseCursor string // "*" stands for all
 }
@@ -368,6 +370,7 @@ func (a *analysis) explain(s *pgquery.ExplainStmt) {
 		a.query(nil, s.Query)
 	case *pgquery.Node_ExecuteStmt:
 		a.execute(q.ExecuteStmt)
+		a.near = a.near || a.g.active // whatever the name means
 	default:
 		a.refuse(stateForbidden, "EXPLAIN of "+kindOf(s.Query)+" is not let through")
 	}

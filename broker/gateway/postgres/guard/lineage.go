@@ -79,8 +79,8 @@ func (r *result) inner() *result {
 type source struct {
 	schema, alias string // schema: of a relation without alias
 	columns       []output
-	open          taint // of columns that are not known
-	isOpen        bool
+	isOpen        bool      // there may be columns that are not known
+	open          taint     // theirs; no more than that of columns where isOpen is not set
 	relation      *relation // has system columns
 }
 
@@ -104,6 +104,18 @@ func (s *source) column(name string) (output, bool) {
 		return output{name, clean}, true
 	}
 	return output{}, false
+}
+
+// field is column where the source's name stands before it. PostgreSQL would
+// take a name that is no column's as a function's, and call it with the row,
+// which for a function in FROM may be a plain value: what is not surely a column
+// must be a name that no function bears.
+func (a *analysis) field(s *source, name string) (output, bool) {
+	sure := slices.ContainsFunc(s.columns, func(c output) bool { return c.name == name }) || s.relation != nil && systemColumns[name]
+	if !sure && !a.g.catalog.attrs[name] {
+		return output{}, false
+	}
+	return s.column(name)
 }
 
 func (s *source) whole() taint {
@@ -337,7 +349,7 @@ func (a *analysis) with(sc *scope, w *pgquery.WithClause) {
 		}
 		name := func(r *result) {
 			r.inner()
-			s := &source{columns: r.columns, isOpen: r.loose, open: r.any().used() * taint(b2i(r.loose))}
+			s := &source{columns: r.columns, isOpen: r.loose, open: r.any()}
 			if len(c.Aliascolnames) > 0 {
 				a.rename(s, &pgquery.Alias{Colnames: c.Aliascolnames})
 			}
@@ -374,13 +386,6 @@ func (a *analysis) with(sc *scope, w *pgquery.WithClause) {
 			sc.ctes = append(sc.ctes, own[i])
 		}
 	}
-}
-
-func b2i(b bool) int {
-	if b {
-		return 1
-	}
-	return 0
 }
 
 func (a *analysis) sel(up *scope, s *pgquery.SelectStmt) *result {
@@ -431,7 +436,7 @@ func (a *analysis) sel(up *scope, s *pgquery.SelectStmt) *result {
 		sc.cond = max(sc.cond, a.expr(sc, s.WhereClause), a.expr(sc, s.HavingClause), sc.windows)
 	}
 	// ORDER BY and GROUP BY see the output's names too.
-	sc.sources = append(sc.sources, &source{columns: r.columns, isOpen: r.loose, open: r.any() * taint(b2i(r.loose))})
+	sc.sources = append(sc.sources, &source{columns: r.columns, isOpen: r.loose, open: r.any()})
 	for _, list := range [][]*pgquery.Node{s.GroupClause, s.SortClause, s.DistinctClause, {s.LimitCount}, {s.LimitOffset}} {
 		for _, n := range list {
 			if n.GetNode() != nil { // DISTINCT is a list of nothing
@@ -576,7 +581,7 @@ func (a *analysis) rangeFunction(sc *scope, f *pgquery.RangeFunction) *source {
 			}
 			s.columns = append(s.columns, output{column, t})
 		}
-		if len(defs) == 0 && (openFunctions[name] || users || t != clean || schema != "" && schema != "pg_catalog") {
+		if len(defs) == 0 && (rowFunctions[name] == nil || users) && (openFunctions[name] || users || t != clean || schema != "" && schema != "pg_catalog") {
 			s.isOpen, s.open = true, max(s.open, t)
 		}
 		s.alias = name
@@ -804,9 +809,8 @@ func (a *analysis) columnRef(sc *scope, ref *pgquery.ColumnRef) taint {
 			if s.alias != table || schema != "" && s.schema != schema {
 				continue
 			}
-			c, ok := s.column(name)
+			c, ok := a.field(s, name)
 			if !ok {
-				// PostgreSQL would call a function of that name with the row.
 				a.refuse("42703", quoted("column", name)+" is not known")
 				return hidden
 			}

@@ -61,7 +61,7 @@ var pureFunctions = set(
 	upper_inc lower_inf upper_inf range_merge multirange int4range int8range numrange tsrange tstzrange daterange int4multirange
 	int8multirange nummultirange tsmultirange tstzmultirange datemultirange generate_series generate_subscripts num_nonnulls num_nulls`,
 	// casts written as calls
-	`bool bpchar char cidr date float4 float8 inet int2 int4 int8 interval json jsonb macaddr macaddr8 name numeric oid text time
+	`bool bpchar char cidr date float4 float8 int2 int4 int8 interval macaddr macaddr8 name numeric oid text time
 	timestamp timestamptz timetz varchar money`,
 	// the session and the catalogue, as clients ask on connecting and psql for \d (9.26)
 	`current_database current_catalog current_query current_schema current_schemas current_user session_user user version

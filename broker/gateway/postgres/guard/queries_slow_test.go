@@ -1,0 +1,5 @@
+//go:build slow
+
+package guard
+
+const queries = 10_000
