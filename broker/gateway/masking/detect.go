@@ -32,30 +32,36 @@ func isAlnum(c byte) bool { return isDigit(c) || isUpper(c) || isLower(c) }
 // 6531): around each @, or %40 as in URLs, as much of a local part as there is,
 // and a domain of at least two labels, or an address literal.
 func email(b []byte, found spans) spans {
-	floor := 0 // what is before it belongs to the @ before
-	for at := 0; at < len(b); {
-		next := bytes.IndexAny(b[at:], "@%")
-		if next < 0 {
-			break
-		}
-		at += next
-		after := at + 1
-		if b[at] == '%' {
-			if !bytes.HasPrefix(b[at:], []byte("%40")) {
-				at++
-				continue
-			}
-			after = at + 3
+	floor := 0                           // what is before it belongs to the @ before
+	sign := bytes.IndexByte(b, '@')      // the next one; -1: none is left
+	encoded := bytes.Index(b, atEncoded) // likewise
+	for sign >= 0 || encoded >= 0 {
+		at, after := sign, sign+1
+		if sign < 0 || encoded >= 0 && encoded < sign {
+			at, after = encoded, encoded+len(atEncoded)
 		}
 		if from := local(b, floor, at); from < at {
 			if end := domain(b, after); end > after {
 				found = append(found, span{from, end})
 			}
 		}
-		at, floor = after, after
+		floor = after
+		if at == sign {
+			sign = bytes.IndexByte(b[after:], '@')
+			if sign >= 0 {
+				sign += after
+			}
+		} else {
+			encoded = bytes.Index(b[after:], atEncoded)
+			if encoded >= 0 {
+				encoded += after
+			}
+		}
 	}
 	return found
 }
+
+var atEncoded = []byte("%40")
 
 // maxQuoted is the longest quoted local part that is looked for: 64 octets
 // (RFC 5321, section 4.5.3.1.1) and its quotes.
@@ -169,6 +175,9 @@ var issuers = []struct{ from, to, digits, min, max int }{
 // with one space or hyphen between them, that begin as an issuer's do and whose
 // check digit is right (ISO/IEC 7812-1, annex B: Luhn).
 func card(b []byte, found spans) spans {
+	if len(b) < 13 {
+		return found
+	}
 	for i := 0; i < len(b); {
 		if !isDigit(b[i]) {
 			i++
@@ -280,6 +289,9 @@ var ibanLength = map[string]int{
 // digits and as many characters as the country has, in one piece or in groups
 // of four, with the right check digits (mod 97).
 func iban(b []byte, found spans) spans {
+	if len(b) < 15 {
+		return found
+	}
 	for i := 0; i+4 <= len(b); i++ {
 		if !isDigit(b[i+2]) || !isDigit(b[i+3]) || !isAlpha(b[i]) || !isAlpha(b[i+1]) || i > 0 && isAlnum(b[i-1]) {
 			continue
@@ -343,6 +355,9 @@ func mod97(number []byte) int {
 // ones in groups: North American ones, and those with a trunk 0. Numbers in one
 // piece without + are not told from others.
 func phone(b []byte, found spans) spans {
+	if len(b) < 9 {
+		return found
+	}
 	for i := 0; i < len(b); {
 		c := b[i]
 		if c != '+' && c != '(' && !isDigit(c) {
@@ -501,16 +516,25 @@ func isHex(c byte) bool { return isDigit(c) || 'a' <= c && c <= 'f' || 'A' <= c 
 // characters can have at most, 4.5 bits from 40 characters on (random base64:
 // 4.2 at 24, 5.2 at 64; English words joined: below 4). A UUID is none.
 func entropy(b []byte, found spans) spans {
+	if len(b) < 24 {
+		return found
+	}
 	for i := 0; i < len(b); {
-		if !isWord(b[i]) {
+		if !words[b[i]] {
 			i++
 			continue
 		}
 		from := i
+		for i < len(b) && words[b[i]] {
+			i++
+		}
+		n := i - from
+		if n < 24 {
+			continue
+		}
 		var counts [256]int32
 		var lowers, uppers, digits, hex int
-		for i < len(b) && isWord(b[i]) {
-			c := b[i]
+		for _, c := range b[from:i] {
 			counts[c]++
 			switch {
 			case isDigit(c):
@@ -523,11 +547,6 @@ func entropy(b []byte, found spans) spans {
 			if isHex(c) {
 				hex++
 			}
-			i++
-		}
-		n := i - from
-		if n < 24 {
-			continue
 		}
 		var min float64
 		switch {
@@ -563,7 +582,7 @@ func entropy(b []byte, found spans) spans {
 	return found
 }
 
-func isWord(c byte) bool { return isAlnum(c) || c == '+' || c == '/' || c == '-' || c == '_' }
+var words = alnums.with("+/-_")
 
 // isUUID reports whether w has the form of RFC 9562, section 4.
 func isUUID(w []byte) bool {

@@ -132,7 +132,7 @@ func (m *Masker) document(b []byte, root []state, nested int) (out []byte, maske
 				return nil, 0, notJSON(dec)
 			}
 			if kind != 'n' && !isHidden(raw) {
-				replace(int(dec.InputOffset()), len(raw), quote([]byte(Hidden)))
+				replace(int(dec.InputOffset()), len(raw), hidden)
 			}
 			continue
 		}
@@ -161,8 +161,8 @@ func (m *Masker) document(b []byte, root []state, nested int) (out []byte, maske
 					masked += n - 1
 				}
 			case '0':
-				if m.matches(raw) || m.matches(plain(raw)) {
-					replace(int(dec.InputOffset()), len(raw), quote([]byte(Hidden)))
+				if m.Detects() && (m.matches(raw) || m.matches(plain(raw))) {
+					replace(int(dec.InputOffset()), len(raw), hidden)
 				}
 			}
 		}
@@ -235,6 +235,8 @@ func unquote(raw []byte, buf *[]byte) (text []byte, err error) {
 	return *buf, err
 }
 
+var hidden = []byte(`"` + Hidden + `"`)
+
 func quote(text []byte) []byte {
 	// Replaces what is not UTF-8, and says so: only a string with lone
 	// surrogates, within another string, can hold any.
@@ -254,8 +256,8 @@ func isHidden(raw []byte) bool {
 // at most 40 digits, so that 4.111111111111111e15 is seen for what it is; else
 // it returns nil.
 func plain(raw []byte) []byte {
-	if !bytes.ContainsAny(raw, ".eE") || len(raw) > 64 {
-		return nil
+	if len(raw) > 64 || !bytes.ContainsAny(raw, "eE") && (len(raw) < 13 || bytes.IndexByte(raw, '.') < 0) {
+		return nil // none that any detector looks for is shorter
 	}
 	if _, exp, ok := strings.Cut(strings.ToLower(string(raw)), "e"); ok {
 		if n, err := strconv.Atoi(exp); err != nil || n < -40 || n > 40 {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 	"unicode/utf8"
@@ -198,14 +199,6 @@ func (m *Masker) start(dst []state) []state {
 // name or, where isName is false, its index.
 func (m *Masker) step(dst, from []state, name []byte, isName bool, index int64) []state {
 	base := len(dst)
-	add := func(s state) {
-		for _, have := range dst[base:] {
-			if have == s {
-				return
-			}
-		}
-		dst = append(dst, s)
-	}
 	for _, s := range from {
 		p := m.paths[s.path]
 		if int(s.at) == len(p) {
@@ -213,13 +206,21 @@ func (m *Masker) step(dst, from []state, name []byte, isName bool, index int64) 
 		}
 		seg := &p[s.at]
 		if isName && seg.name(name) || !isName && seg.index(index) {
-			add(state{s.path, s.at + 1})
+			dst = addState(dst, base, state{s.path, s.at + 1})
 		}
 		if seg.descendant {
-			add(s)
+			dst = addState(dst, base, s)
 		}
 	}
 	return dst
+}
+
+// addState appends s, unless it is there from base on.
+func addState(dst []state, base int, s state) []state {
+	if slices.Contains(dst[base:], s) {
+		return dst
+	}
+	return append(dst, s)
 }
 
 // ends reports whether a path ends at a value with these states.

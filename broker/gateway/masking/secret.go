@@ -93,9 +93,10 @@ var shapes = []shape{
 }
 
 // byFirst is where to look in shapes by a token's first byte.
-var byFirst = func() (out [256][]shape) {
-	for _, s := range shapes {
-		out[s.prefix[0]] = append(out[s.prefix[0]], s)
+var byFirst = func() (out [256][]*shape) {
+	for i := range shapes {
+		c := shapes[i].prefix[0]
+		out[c] = append(out[c], &shapes[i])
 	}
 	return out
 }()
@@ -103,6 +104,9 @@ var byFirst = func() (out [256][]shape) {
 // secret finds tokens of known shapes, JSON Web Tokens, private keys in PEM,
 // and the user and password of a URL.
 func secret(b []byte, found spans) spans {
+	if len(b) < 7 { // ://a:b@
+		return found
+	}
 	pem := true // whether a key's end may still be found
 	web := 0    // no web token begins before it
 	for i := 0; i < len(b); {
@@ -126,6 +130,9 @@ func secret(b []byte, found spans) spans {
 			}
 		default:
 			for _, s := range byFirst[c] {
+				if i+1 == len(b) || b[i+1] != s.prefix[1] {
+					continue
+				}
 				if end = s.match(b, i); end > i {
 					break
 				}
