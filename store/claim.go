@@ -35,6 +35,7 @@ type Account struct {
 	places  []place
 	more    bool // there are targets beyond maxPlaces
 	ends    int64
+	audited string // the latest use that Vault's audit log told of
 }
 
 // place is a target that the step reached, or could.
@@ -116,8 +117,13 @@ func (a *Account) Used(e *Entry, via string) {
 	}
 	if p := a.at(e.Resource); p != nil {
 		p.uses++
-		if via == ViaGateway {
+		switch via {
+		case ViaGateway:
 			p.awaited++
+		case ViaVaultAudit: // a result follows where it failed, and only there
+			a.ends++
+			p.ended++
+			p.last, p.err, a.audited = a.ends, "", e.ID
 		}
 	}
 }
@@ -129,6 +135,13 @@ func (a *Account) Ended(e *Entry, outcomes []UseOutcome) {
 		return
 	}
 	for i := range outcomes {
+		if a.audited != "" && outcomes[i].Use == a.audited {
+			a.audited = ""
+			if p.err = name(outcomes[i].Error); p.err != "" {
+				p.failed++
+			}
+			continue
+		}
 		a.ends++
 		p.ended++
 		p.last, p.err = a.ends, name(outcomes[i].Error)
@@ -183,7 +196,7 @@ func (a *Account) Claim() (FinishedDetails, bool) { return a.claim, a.claimed }
 //
 // What is compared is the claim's outcome with the latest outcome at the claimed
 // target, or at any where none is named. A use that was seen without its outcome
-// (by introspection, or in Vault's audit log) shows that something was reached,
+// (by introspection) shows that something was reached,
 // and not with what result.
 func (a *Account) Verdict() (Verdict, string) {
 	if !a.claimed {

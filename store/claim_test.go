@@ -35,6 +35,9 @@ func seen(t *testing.T, words string) (list []*Entry) {
 			add(CredentialUsed, target, UsedDetails{Via: ViaIntrospection})
 		case "audit":
 			add(CredentialUsed, target, UsedDetails{Via: ViaVaultAudit})
+		case "audit!": // which failed
+			add(CredentialUsed, target, UsedDetails{Via: ViaVaultAudit})
+			add(UseFinished, target, UseFinishedDetails{Outcomes: []UseOutcome{{Use: list[len(list)-1].ID, Error: "permission denied"}}})
 		case "ok":
 			add(UseFinished, target, UseFinishedDetails{Outcomes: []UseOutcome{{}}})
 		case "refused":
@@ -69,7 +72,9 @@ func TestAClaimIsComparedWithWhatWasObserved(t *testing.T) {
 		{"direct succeeded", NotObserved, "Claimed succeeded, and no use could be observed, since the secret was handed out directly."},
 		{"direct call succeeded", NotObserved, "Claimed succeeded, and no use could be observed, since the secret was handed out directly."},
 		{"direct ask succeeded", Agree, "Claimed succeeded, and 1 use was seen."},
-		{"direct audit succeeded", Agree, "Claimed succeeded, and 1 use was seen."},
+		{"direct audit succeeded", Agree, "Claimed succeeded, and 1 use was seen, and all that ended succeeded."},
+		{"direct audit! audit succeeded", Agree, "Claimed succeeded, and 2 uses were seen, the last of which succeeded; 1 failed before."},
+		{"direct audit audit! succeeded", Differ, "Claimed succeeded, and the last use failed (permission denied), 1 of 2."},
 		{"gateway audit succeeded", Differ, "Claimed succeeded, and no use was seen, though the credential works on the access path alone."},
 		{"direct ask failed", NotObserved, "Claimed failed, and 1 use was seen, and not with what result."},
 		{"gateway use use succeeded", NotObserved, "Claimed succeeded, and 2 uses were seen, and what came of them is not on record."},

@@ -170,6 +170,11 @@ func (t *Tables) Take(index int64, e *store.Entry, opened map[string]string, inW
 
 func (t *Tables) take(index int64, e *store.Entry, opened map[string]string, window bool) error {
 	r := t.requests[e.Request]
+	if e.Type != store.UseFinished {
+		if err := t.ready(); err != nil {
+			return err
+		}
+	}
 	switch e.Type {
 	case store.StepRequested:
 		if r == nil {
@@ -400,7 +405,8 @@ func (t *Tables) used(index int64, e *store.Entry, opened map[string]string, win
 		strconv.FormatInt(index, 10), e.Time.String(), e.Request, e.Run, e.Step, e.Orchestrator, e.Agent, e.Action, e.Resource, d.Via, d.By, d.Use, outcome, d.Intent,
 		d.Protocol, strings.Join(d.Objects, " "), text(e, opened, store.SealedStatement), "", "", "", "", "", "", "", d.Masking,
 	}}
-	if u.done && len(t.pending) == 0 {
+	audited := d.Via == store.ViaVaultAudit // a result follows at once where it failed, and only there
+	if u.done && !audited && len(t.pending) == 0 {
 		return t.row(2, t.uses, u.cells)
 	}
 	for _, c := range u.cells {
@@ -408,7 +414,7 @@ func (t *Tables) used(index int64, e *store.Entry, opened map[string]string, win
 	}
 	t.pending = append(t.pending, u)
 	t.pendingBytes += u.size
-	if !u.done {
+	if !u.done || audited {
 		t.awaited[u.id] = u
 	}
 	for len(t.pending) > maxPending.rows || t.pendingBytes > maxPending.bytes {
@@ -432,6 +438,11 @@ func (t *Tables) finished(e *store.Entry, outcomes []store.UseOutcome) error {
 		u.done = true
 		delete(t.awaited, o.Use)
 	}
+	return t.ready()
+}
+
+// ready writes the rows that wait for nothing.
+func (t *Tables) ready() error {
 	for len(t.pending) > 0 && t.pending[0].done {
 		if err := t.oldest(); err != nil {
 			return err

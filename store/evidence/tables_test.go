@@ -454,3 +454,13 @@ func TestUsesThatWaitForTheirResultAreBounded(t *testing.T) {
 		}
 	}
 }
+
+func TestAUseThatVaultToldOfStandsWithItsFailure(t *testing.T) {
+	audit := func(id string) told {
+		return say(1, store.CredentialUsed, "1", store.UsedDetails{Intent: "i-1", Via: store.ViaVaultAudit, By: "vault", Use: "read secret/data/demo"}, func(x *told) { x.e.ID = id })
+	}
+	_, _, uses := tables(t, audit("u-1"), ending(1, "1", store.UseOutcome{Use: "u-1", Error: "permission denied"}), audit("u-2"), passing(2, "1", "u-3"), audit("u-4"))
+	if got := cellsOf(t, uses, UsesColumns, "error"); !slices.Equal(got, []string{"permission denied", "", "", ""}) {
+		t.Errorf("the failures are %q", got)
+	}
+}

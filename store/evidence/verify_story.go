@@ -234,8 +234,11 @@ func (j *judge) used(index int64, e *store.Entry) {
 		j.tally.nameless++ // it says nothing of a credential
 		return
 	}
-	if d.Via == store.ViaGateway {
+	switch d.Via {
+	case store.ViaGateway:
 		j.passed(index, e, &d)
+	case store.ViaVaultAudit: // a result follows where it failed
+		j.open[idOf(e.ID)] = idOf(e.Request)
 	}
 	l := j.lives[idOf(d.Intent)]
 	switch {
