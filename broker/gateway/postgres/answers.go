@@ -128,8 +128,12 @@ func (c *conn) planned(it *item) error {
 	}
 	if it.kind == running {
 		it.plan = c.planOf(it.fields, it.columns)
+	} else if last := &it.st.last; last.plan != nil && slices.Equal(last.formats, it.formats) &&
+		(last.columns == nil) == (it.columns == nil) && slices.Equal(last.columns, it.columns) {
+		it.plan = last.plan
 	} else {
 		it.plan = c.planOf(inFormats(it.st.fields, it.formats), it.columns)
+		last.plan, last.formats, last.columns = it.plan, it.formats, it.columns
 	}
 	if it.plan == nil {
 		// The target's tables are not what they were when its catalog was read.
@@ -189,7 +193,7 @@ func (c *conn) control(typ byte, n int) error {
 		c.mu.Unlock()
 		return c.pass(it, typ, body)
 	case (typ == 'T' || typ == 'n') && it.kind == describing:
-		it.st.fields = []field{}
+		it.st.fields, it.st.last.plan = []field{}, nil
 		if typ == 'T' {
 			if it.st.fields, err = rowFields(body); err != nil {
 				return err

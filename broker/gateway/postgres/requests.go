@@ -53,12 +53,19 @@ func newRequests(client net.Conn) requests {
 
 // statement is a prepared one, or one of a simple query.
 type statement struct {
-	sql    string
-	v      guard.Statement
-	empty  bool     // there is nothing in it
-	burst  int      // the last burst in which it is executed
-	types  []uint32 // of its parameters, as far as known; guarded by conn.mu
-	fields []field  // of its rows, once described; of the goroutine that reads the target
+	sql   string
+	v     guard.Statement
+	empty bool     // there is nothing in it
+	burst int      // the last burst in which it is executed
+	types []uint32 // of its parameters, as far as known; guarded by conn.mu
+
+	// Of the goroutine that reads the target.
+	fields []field // of its rows, once described
+	last   struct {
+		plan    *plan // how they were masked last, for these formats and columns
+		formats []int16
+		columns []bool
+	}
 }
 
 // portal is a statement with its parameters, or a cursor.
