@@ -68,6 +68,8 @@ type recordConfig struct {
 	SIEM      siem.Config      `yaml:"siem"`      // none: nothing is pushed
 	Retention retentionConfig  `yaml:"retention"` // none: erasable texts are kept for good
 	Export    exportConfig     `yaml:"export"`
+
+	VaultAudit *vaultAuditConfig `yaml:"vault_audit"` // none: Vault's audit log is not followed
 }
 
 type listenConfig struct {
@@ -196,7 +198,7 @@ func (c *recordConfig) check() error {
 			return err
 		}
 	}
-	if err := errors.Join(c.SIEM.Check(), c.Retention.check(), c.Export.check()); err != nil {
+	if err := errors.Join(c.SIEM.Check(), c.Retention.check(), c.Export.check(), c.VaultAudit.check()); err != nil {
 		return err
 	}
 	return due([][2]string{{"dir", c.Dir}, {"log_key", c.LogKey}, {"privacy_key", c.PrivacyKey}, {"tokens", c.Tokens}})

@@ -53,6 +53,7 @@ check_newest: 10000
 recheck: 1h
 drain: 20s
 private: true
+vault_audit: {file: audit.log, addr: https://vault.example.com, token_file: vault.token}
 `
 
 func write(t *testing.T, text string) string {

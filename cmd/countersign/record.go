@@ -26,6 +26,7 @@ import (
 	"github.com/countersign-dev/countersign/store/ledger"
 	"github.com/countersign-dev/countersign/store/retention"
 	"github.com/countersign-dev/countersign/store/siem"
+	"github.com/countersign-dev/countersign/store/vaultaudit"
 )
 
 func recordCommand() *cobra.Command {
@@ -216,7 +217,7 @@ func (c *recordConfig) options(log *zap.Logger) (*peopleOptions, error) {
 			return nil, err
 		}
 	}
-	o.siem, o.retention, o.export = c.SIEM, c.Retention, c.Export
+	o.siem, o.retention, o.export, o.vaultAudit = c.SIEM, c.Retention, c.Export, c.VaultAudit
 	return o, nil
 }
 
@@ -233,6 +234,7 @@ type peopleOptions struct {
 	siem        siem.Config      // where events are pushed
 	retention   retentionConfig  // how long erasable texts are kept
 	export      exportConfig
+	vaultAudit  *vaultAuditConfig // nil: Vault's audit log is not followed
 	log         *zap.Logger
 }
 
@@ -256,8 +258,9 @@ type people struct {
 	decisions *decisions // nil: nobody is asked for an approval
 	retention *retention.Retention
 	exports   *review.Exports
-	pusher    *siem.Pusher // nil: nothing is pushed
-	unkeep    func()       // ends the keeping of checkpoints
+	pusher    *siem.Pusher         // nil: nothing is pushed
+	audit     *vaultaudit.Follower // nil: Vault's audit log is not followed
+	unkeep    func()               // ends the keeping of checkpoints
 	handler   http.Handler
 	log       *zap.Logger
 }
@@ -325,6 +328,9 @@ func openPeople(ctx context.Context, o *peopleOptions) (*people, error) {
 	if p.unkeep, err = o.keeping.start(o.ledger.Signer.Name(), l, o.log); err == nil {
 		p.pusher, err = openSIEM(ctx, o.siem, o.ledger.Dir, o.ledger.Signer.Name(), l, o.log.Named("siem"))
 	}
+	if err == nil {
+		p.audit, err = o.vaultAudit.open(l, o.ledger.Dir, o.ledger.Signer.Name(), o.trustDomain, o.log.Named("vault-audit"))
+	}
 	if err != nil {
 		p.close()
 		return nil, err
@@ -384,6 +390,11 @@ func (p *people) close() {
 	if p.pusher != nil {
 		if err := p.pusher.Close(); err != nil {
 			p.log.Error("the push to a SIEM did not close cleanly", zap.Error(err))
+		}
+	}
+	if p.audit != nil {
+		if err := p.audit.Close(); err != nil {
+			p.log.Error("Vault's audit log was not left cleanly; it is read again from where it was last noted", zap.Error(err))
 		}
 	}
 	if p.exports != nil {
