@@ -520,6 +520,33 @@ func TestTooManyConnectionsAreRefused(t *testing.T) {
 	}
 }
 
+func TestThePasswordIsNotShownToATargetInTheClear(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	got := make(chan []byte, 1)
+	go func() {
+		c, err := l.Accept()
+		if err != nil {
+			return
+		}
+		defer c.Close()
+		_, _ = readStartup(c)
+		_, _ = c.Write(encode(nil, &pgproto3.AuthenticationCleartextPassword{}))
+		b, _ := io.ReadAll(c)
+		got <- b
+	}()
+	p := serveTo(t, everything(), l.Addr().String())
+	if _, err := pgconn.Connect(t.Context(), p.dsn("")); code(err) != "08001" {
+		t.Errorf("%v", err)
+	}
+	if b := <-got; bytes.Contains(b, []byte("secret")) {
+		t.Errorf("the target was sent %q", b)
+	}
+}
+
 func TestTheTargetsCertificateIsVerified(t *testing.T) {
 	access := everything()
 	access.TLS = ""

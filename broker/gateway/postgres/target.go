@@ -54,7 +54,9 @@ func dial(ctx context.Context, g *gateway.Gateway, s *gateway.Session, settings 
 	}
 	cfg.Host, cfg.Port, cfg.Database, cfg.User, cfg.Password = host, uint16(n), database, s.Secret.Username, s.Secret.Password
 	cfg.Fallbacks, cfg.ConnectTimeout, cfg.TLSConfig = nil, 0, nil
-	if access.TLS != "off" {
+	if access.TLS == "off" {
+		cfg.RequireAuth = "!password" // which would pass the network in the clear
+	} else {
 		cfg.TLSConfig = &tls.Config{ServerName: host, RootCAs: g.RootCAs, MinVersion: tls.VersionTLS12}
 	}
 	// What the guard reads is what the target reads: the same encoding, the same
