@@ -46,7 +46,9 @@ func TestAPolicyThatFailsVoidsNothing(t *testing.T) {
 	}
 	w.set = set
 	w.mu.Unlock()
-	_, err = b.Request(t.Context(), demoCaller, w.now(write(run)))
+	if _, err = b.Request(t.Context(), demoCaller, w.now(write(run))); err == nil {
+		t.Error("what no policy allowed was handed over")
+	}
 	w.mu.Lock()
 	w.set = was
 	w.mu.Unlock()
