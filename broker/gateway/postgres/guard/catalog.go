@@ -25,7 +25,7 @@ type Catalog struct {
 	typeNames map[string]map[string]*dataType // by schema and name
 	functions map[string]map[string]function  // by name and schema, without PostgreSQL's own
 	operators map[string]bool                 // names of operators that neither PostgreSQL nor an extension made
-	attrs     map[string]bool                 // names of columns that no function bears
+	attrs     map[string]bool                 // names of columns and fields that no function bears
 }
 
 type relation struct {
@@ -163,9 +163,12 @@ func LoadCatalog(ctx context.Context, q Querier) (*Catalog, error) {
 	each(1, `SELECT DISTINCT o.oprname FROM pg_catalog.pg_operator o WHERE o.oid >= 16384
 		AND NOT EXISTS (SELECT FROM pg_catalog.pg_depend d WHERE d.classid = 'pg_catalog.pg_operator'::pg_catalog.regclass AND d.objid = o.oid AND d.deptype = 'e')`,
 		func(v []string) { c.operators[v[0]] = true })
-	each(1, `SELECT DISTINCT a.attname FROM pg_catalog.pg_attribute a JOIN pg_catalog.pg_class c ON c.oid = a.attrelid JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
-		WHERE a.attnum > 0 AND NOT a.attisdropped AND n.nspname NOT IN ('pg_catalog', 'information_schema') AND n.nspname !~ '^pg_(toast|temp)'
-		AND NOT EXISTS (SELECT FROM pg_catalog.pg_proc p WHERE p.proname = a.attname)`,
+	// x and n are what JDBC takes from information_schema._pg_expandarray.
+	each(1, `SELECT f.name FROM (SELECT a.attname FROM pg_catalog.pg_attribute a JOIN pg_catalog.pg_class c ON c.oid = a.attrelid
+			JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+			WHERE a.attnum > 0 AND NOT a.attisdropped AND n.nspname NOT IN ('pg_catalog', 'information_schema') AND n.nspname !~ '^pg_(toast|temp)'
+			UNION VALUES ('x'), ('n')) AS f(name)
+		WHERE NOT EXISTS (SELECT FROM pg_catalog.pg_proc p WHERE p.proname = f.name)`,
 		func(v []string) { c.attrs[v[0]] = true })
 	if failed != nil {
 		return nil, failed

@@ -129,7 +129,6 @@ func (a *analysis) indirection(sc *scope, i *pgquery.A_Indirection) taint {
 			t = max(t, a.expr(sc, e.AIndices.Lidx), a.expr(sc, e.AIndices.Uidx)).used()
 		case *pgquery.Node_String_:
 			name := e.String_.Sval
-			call := i.Arg.GetFuncCall()
 			ref := i.Arg.GetColumnRef()
 			if ref != nil && at == 0 {
 				if s, others := a.alias(sc, ref.Fields); s != nil && !(len(ref.Fields) == 1 && a.isColumn(sc, ref.Fields[0].GetString_().GetSval())) {
@@ -138,12 +137,6 @@ func (a *analysis) indirection(sc *scope, i *pgquery.A_Indirection) taint {
 						a.refuse("42703", quoted("column", name)+" is not known")
 					}
 					t = max(c.taint, others).used()
-					continue
-				}
-			}
-			if call != nil {
-				schema, function := qualifiedName(call.Funcname)
-				if schema == "information_schema" && function == "_pg_expandarray" && (name == "x" || name == "n") {
 					continue
 				}
 			}

@@ -118,7 +118,7 @@ var plainTypes = set(`bit bool box bpchar bytea char cidr circle date daterange 
 // tables, never what holds data, statistics, sessions, files or secrets.
 var systemRelations = func() map[string]bool {
 	m := map[string]bool{}
-	for name := range set(`pg_aggregate pg_am pg_amop pg_amproc pg_attrdef pg_attribute pg_cast pg_class pg_collation pg_constraint pg_conversion
+	for name := range set(`pg_aggregate pg_am pg_amop pg_amproc pg_attrdef pg_attribute pg_auth_members pg_cast pg_class pg_collation pg_constraint pg_conversion
 		pg_database pg_default_acl pg_depend pg_description pg_enum pg_event_trigger pg_extension pg_index pg_indexes pg_inherits pg_language
 		pg_matviews pg_namespace pg_opclass pg_operator pg_opfamily pg_partitioned_table pg_policies pg_policy pg_proc pg_publication
 		pg_publication_namespace pg_publication_rel pg_publication_tables pg_range pg_rewrite pg_roles pg_rules pg_sequence pg_shdescription
