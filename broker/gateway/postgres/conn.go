@@ -125,6 +125,7 @@ func (c *conn) run(ctx context.Context) {
 	}()
 	c.end(c.read())
 	<-answered
+	c.letGo()
 	c.farewell()
 }
 

@@ -23,6 +23,7 @@ import (
 	"errors"
 	"net"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
@@ -41,6 +42,7 @@ type Config struct {
 
 	Handshake       time.Duration // until a client is let in, the target's log-in included; 20 s by default
 	MaxMessage      int           // bytes of one message from a client, COPY's data aside; 16 MiB by default
+	MaxHeld         int           // bytes of messages over 64 KiB that all connections hold at once; 256 MiB by default
 	MaxConns        int           // connections at once; 2,000 by default
 	MaxSessionConns int           // connections at once of one session; 100 by default
 }
@@ -48,6 +50,7 @@ type Config struct {
 // Gateway serves PostgreSQL clients. It is safe for concurrent use.
 type Gateway struct {
 	Config
+	held atomic.Int64 // as MaxHeld
 
 	mu    sync.Mutex
 	conns map[uint32]*conn // by the process ID that its client was told
@@ -65,6 +68,9 @@ func New(c Config) *Gateway {
 	}
 	if c.MaxMessage <= 0 {
 		c.MaxMessage = 16 << 20
+	}
+	if c.MaxHeld <= 0 {
+		c.MaxHeld = 256 << 20
 	}
 	if c.MaxConns <= 0 {
 		c.MaxConns = 2000

@@ -399,6 +399,26 @@ func TestAStatementThatNoEntryHoldsIsRefusedAndTheConnectionStaysUsable(t *testi
 	}
 }
 
+func TestWhatAllConnectionsHoldTogetherIsBounded(t *testing.T) {
+	p := serve(t, everything(), func(c *Config) { c.MaxHeld = 1 << 20 })
+	conn := p.connect("exec")
+	for range 3 { // which would not do were it not given back
+		var n int
+		if err := conn.QueryRow(t.Context(), "select length($1::text)", strings.Repeat("y", 900<<10)).Scan(&n); err != nil || n != 900<<10 {
+			t.Fatal(n, err)
+		}
+		if err := conn.QueryRow(t.Context(), "select length($1::text)", strings.Repeat("y", 2<<20)).Scan(&n); code(err) != "53200" {
+			t.Fatal(err)
+		}
+	}
+	if _, err := conn.Exec(t.Context(), "select $1::text", strings.Repeat("y", 2<<20)); code(err) != "53200" {
+		t.Fatal(err)
+	}
+	if n := p.gw.held.Load(); n != 0 {
+		t.Errorf("%d bytes are still counted", n)
+	}
+}
+
 func TestCopyOfPgxInBinaryIsOnRecordByDigest(t *testing.T) {
 	p := serve(t, everything())
 	conn := p.connect("")

@@ -138,7 +138,7 @@ func TestPortalsAreResumedAndEachExecuteIsAUse(t *testing.T) {
 func TestAPipelineOfThousandsOfMessagesIsBoundedAndAnsweredInOrder(t *testing.T) {
 	p := serve(t, everything())
 	w := p.wire()
-	const n = 20000
+	const n = 8000
 	go func() {
 		for i := range n {
 			w.Send(&pgproto3.Parse{Query: fmt.Sprintf("select %d", i)})

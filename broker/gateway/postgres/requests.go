@@ -23,7 +23,8 @@ var errBroken = fmt.Errorf("client: %w", errProtocol)
 const (
 	maxBurst     = 256 << 10 // bytes
 	maxBurstUses = 100
-	maxNames     = 10000 // prepared statements, and portals, of a connection
+	maxNames     = 10000    // prepared statements, and portals, of a connection
+	smallMessage = 64 << 10 // bytes of what is not counted in Gateway.held
 )
 
 // requests is what the goroutine that reads the client keeps. What a client
@@ -45,6 +46,7 @@ type requests struct {
 	bytes  int     // of uses
 	usesOf []*item // beside uses
 	number int     // of the burst
+	held   int     // bytes of large messages in it
 }
 
 func newRequests(client net.Conn) requests {
@@ -110,11 +112,18 @@ func (c *conn) request(typ byte, n int) error {
 		c.leave()
 		return io.EOF
 	}
-	if n > c.g.MaxMessage {
+	code, most := "", 0
+	switch {
+	case n > c.g.MaxMessage:
+		code, most = "54000", c.g.MaxMessage
+	case n > smallMessage && !c.hold(n):
+		code, most = "53200", smallMessage
+	}
+	if code != "" {
 		if err := c.in.skip(n); err != nil {
 			return io.EOF
 		}
-		return c.tooLarge(typ)
+		return c.tooLarge(typ, code, most)
 	}
 	body, err := c.in.body(n)
 	if err != nil {
@@ -627,6 +636,7 @@ func (c *conn) flush() error {
 		c.burst = nil
 	}
 	c.burst = c.burst[:0]
+	c.letGo()
 	if err != nil {
 		return errTarget
 	}
@@ -676,7 +686,7 @@ func (c *conn) refuse(use, text, code, reason string, simple bool) error {
 }
 
 // tooLarge answers a message that was not even read.
-func (c *conn) tooLarge(typ byte) error {
+func (c *conn) tooLarge(typ byte, code string, most int) error {
 	if c.copies() {
 		return fmt.Errorf("%w: message %q while COPY takes data", errBroken, typ)
 	}
@@ -689,14 +699,31 @@ func (c *conn) tooLarge(typ byte) error {
 	if c.failed {
 		return nil
 	}
-	text := fmt.Sprintf("a message of more than %d bytes", c.g.MaxMessage)
+	text := fmt.Sprintf("a message of more than %d bytes", most)
 	switch typ {
 	case 'Q':
-		return c.refuse("a message that is too long", text, "54000", text+" is not taken", true)
+		return c.refuse("a message that is too long", text, code, text+" is not taken now", true)
 	case 'P', 'B':
-		return c.refuse("a message that is too long", text, "54000", text+" is not taken", false)
+		return c.refuse("a message that is too long", text, code, text+" is not taken now", false)
 	}
-	return fmt.Errorf("%w: message %q of more than %d bytes", errBroken, typ, c.g.MaxMessage)
+	return fmt.Errorf("%w: message %q of more than %d bytes", errBroken, typ, most)
+}
+
+// hold counts a large message among those that all connections hold together,
+// where there is room for it.
+func (c *conn) hold(n int) bool {
+	if c.g.held.Add(int64(n)) > int64(c.g.MaxHeld) {
+		c.g.held.Add(-int64(n))
+		return false
+	}
+	c.held += n
+	return true
+}
+
+// letGo gives back what the messages that were sent or dropped took.
+func (c *conn) letGo() {
+	c.g.held.Add(-int64(c.held))
+	c.held = 0
 }
 
 // copies reports whether a COPY takes the client's data.
