@@ -140,7 +140,7 @@ func (r asking) query() string {
 }
 
 func TestNoHiddenValueReachesTheClientWhateverIsAskedAndEveryStatementIsOnRecord(t *testing.T) {
-	canaries(t, 300, 1)
+	canaries(t, 1000, 1)
 }
 
 // canaries asks n random queries in text and binary, and looks for what is

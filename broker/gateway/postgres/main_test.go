@@ -290,13 +290,6 @@ func (p *tap) reached(part string) bool {
 	return bytes.Contains(p.sent.Bytes(), []byte(part))
 }
 
-func (p *tap) reset() {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.sent.Reset()
-	p.answered.Reset()
-}
-
 // path is a gateway with one session, from the step to the target.
 type path struct {
 	t       testing.TB
