@@ -175,7 +175,7 @@ func (s *Server) restart() error {
 		return err
 	}
 	s.process, s.done = cmd.Process, done
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
 	defer cancel()
 	for {
 		conn, err := pgx.Connect(ctx, s.DSN)
