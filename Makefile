@@ -75,12 +75,13 @@ check:
 	$(GO) vet ./...
 
 # redis-server and PostgreSQL for the tests and the demo; a C compiler for the
-# race detector.
+# race detector; curl for the commands of the README.
 servers:
 	@set -eu; missing=; \
 	command -v redis-server >/dev/null || missing="$$missing redis-server"; \
 	command -v initdb >/dev/null || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || missing="$$missing postgresql"; \
 	command -v psql >/dev/null || missing="$$missing postgresql-client"; \
+	command -v curl >/dev/null || missing="$$missing curl"; \
 	for also in $(ALSO); do command -v $$also >/dev/null || missing="$$missing $$also"; done; \
 	command -v cc >/dev/null || command -v gcc >/dev/null || missing="$$missing gcc libc6-dev"; \
 	[ -n "$$missing" ] || exit 0; \

@@ -5,9 +5,11 @@ import (
 	"crypto/tls"
 	"fmt"
 	"net"
+	"net/http"
 	"time"
 
 	"github.com/countersign-dev/countersign/api/server"
+	gatewayhttp "github.com/countersign-dev/countersign/broker/gateway/http"
 	"github.com/countersign-dev/countersign/broker/gateway/mcp"
 	"github.com/countersign-dev/countersign/broker/gateway/postgres"
 	"github.com/countersign-dev/countersign/store"
@@ -54,19 +56,29 @@ func (c *gatewayConfig) listen() (_ map[string]accessListener, err error) {
 }
 
 // serveAccess answers steps on each listener, by its protocol, until ctx ends.
-// What a session has under way then is given drain to end.
-func (m *machines) serveAccess(ctx context.Context, at map[string]accessListener, drain time.Duration, run func(func() error)) {
+// What a session has under way then is given drain to end. The error says what
+// is wrong with the configuration.
+func (m *machines) serveAccess(ctx context.Context, at map[string]accessListener, drain time.Duration, run func(func() error)) error {
 	log := m.o.log.Named("gateway")
+	serve := func(x accessListener, h http.Handler) {
+		run(func() error {
+			return server.Serve(ctx, x.l, server.Config{Handler: h, TLS: x.tls, Log: log, Drain: drain, Streams: true})
+		})
+	}
 	for protocol, x := range at {
 		switch protocol {
+		case store.ProtocolHTTP:
+			g, err := gatewayhttp.New(gatewayhttp.Config{Gateway: m.gateway, URL: m.gateway.Addresses[protocol], CADir: m.o.proxyCA, Log: log})
+			if err != nil {
+				return err
+			}
+			serve(x, g)
 		case store.ProtocolPostgres:
 			g := postgres.New(postgres.Config{Gateway: m.gateway, TLS: x.tls, Log: log})
 			run(func() error { return g.Serve(ctx, x.l) })
 		case store.ProtocolMCP:
-			g := mcp.New(mcp.Config{Gateway: m.gateway, Log: log})
-			run(func() error {
-				return server.Serve(ctx, x.l, server.Config{Handler: g, TLS: x.tls, Log: log, Drain: drain, Streams: true})
-			})
+			serve(x, mcp.New(mcp.Config{Gateway: m.gateway, Log: log}))
 		}
 	}
+	return nil
 }

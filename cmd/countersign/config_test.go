@@ -35,6 +35,7 @@ gateway:
   upstreams: {orders.internal: "10.0.3.7:5432", "demo.internal:80": "127.0.0.1:8080"}
   ca_file: targets.pem
   max_sessions: 100
+  proxy_ca_dir: proxy-ca
 `
 
 const wholeRecord = `

@@ -217,9 +217,12 @@ func runDev(ctx context.Context, f devFlags) error {
 	group.Go(func() error { return people.serve(ctx, listeners.recorder, nil, devDrain) })
 	group.Go(func() error { return m.serve(ctx, listeners.api, nil, devDrain) })
 	services.serve(ctx, log.Named("services"), group.Go)
-	m.serveAccess(ctx, map[string]accessListener{
+	err = m.serveAccess(ctx, map[string]accessListener{
 		store.ProtocolHTTP: {l: listeners.http}, store.ProtocolPostgres: {l: listeners.postgres}, store.ProtocolMCP: {l: listeners.mcp},
 	}, devDrain, group.Go)
+	if err != nil {
+		group.Go(func() error { return err })
+	}
 	group.Go(func() error {
 		if err := untilReady(ctx, r.API, r.Recorder); err != nil {
 			return err
@@ -470,6 +473,7 @@ func openDevBroker(ctx context.Context, f *devFiles, p *people, r *ready, v devV
 			Addresses: map[string]string{store.ProtocolHTTP: r.Gateway.HTTP, store.ProtocolPostgres: r.Gateway.Postgres, store.ProtocolMCP: r.Gateway.MCP},
 			Upstreams: upstreams,
 		},
+		proxyCA: filepath.Join(f.dir, "proxy-ca"),
 	}
 	if v.addr != "" {
 		o.vault = issuer.Config{Addr: v.addr, Login: issuer.Login{Token: v.broker}}

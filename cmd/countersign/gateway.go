@@ -22,6 +22,7 @@ type gatewayConfig struct {
 	Upstreams   map[string]string `yaml:"upstreams"`    // host:port that is dialled, by the host, or host:port, that the catalogue names
 	CA          string            `yaml:"ca_file"`      // PEM: whom targets' certificates are checked against; the system's by default
 	MaxSessions int               `yaml:"max_sessions"` // open at once; 0: any number
+	ProxyCA     string            `yaml:"proxy_ca_dir"` // where the forward proxy's certificate authority is kept; none: no forward proxy
 }
 
 // gatewayURL is a listener of HTTP, and where steps reach it.
@@ -52,6 +53,9 @@ func (c *gatewayConfig) check() error {
 		if err := c.Postgres.check(); err != nil {
 			return fmt.Errorf("gateway.postgres: %w", err)
 		}
+	}
+	if c.ProxyCA != "" && c.HTTP == nil {
+		return errors.New("gateway.proxy_ca_dir: the forward proxy is part of gateway.http, which is not set")
 	}
 	if c.MaxSessions < 0 {
 		return errors.New("gateway.max_sessions is not negative; 0 is any number")

@@ -80,7 +80,9 @@ func serve(ctx context.Context, c *serveConfig, log *zap.Logger) error {
 	defer stop()
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return m.serve(ctx, l, tls, c.Drain) })
-	m.serveAccess(ctx, access, c.Drain, group.Go)
+	if err := m.serveAccess(ctx, access, c.Drain, group.Go); err != nil {
+		group.Go(func() error { return err })
+	}
 	return group.Wait()
 }
 
@@ -127,6 +129,7 @@ func (c *serveConfig) options(log *zap.Logger) (*machinesOptions, error) {
 		if o.gateway, err = c.Gateway.options(); err != nil {
 			return nil, err
 		}
+		o.proxyCA = c.Gateway.ProxyCA
 	}
 	return o, nil
 }
@@ -179,6 +182,7 @@ type machinesOptions struct {
 	redis                          string        // URL; empty: embedded
 	firstTTL                       time.Duration
 	gateway                        *gateway.Config // the access path, but for what it shares with the broker; nil: none
+	proxyCA                        string          // directory of the forward proxy's authority; empty: no forward proxy
 	log                            *zap.Logger
 }
 

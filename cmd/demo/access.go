@@ -17,7 +17,7 @@ import (
 func (d *demo) access(ctx context.Context) error {
 	chapter("A step that never holds a secret")
 	const step = "investigate"
-	for _, part := range []func(context.Context, string) error{d.throughPostgres, d.throughMCP} {
+	for _, part := range []func(context.Context, string) error{d.throughPostgres, d.throughHTTP, d.throughMCP} {
 		if err := part(ctx, step); err != nil {
 			return err
 		}
@@ -32,7 +32,7 @@ func (d *demo) access(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	for _, want := range []string{"SELECT orders", "DELETE orders", "tools/call lookup_order", "agree"} {
+	for _, want := range []string{"SELECT orders", "DELETE orders", "GET /customers", "tools/call lookup_order", "agree"} {
 		if !strings.Contains(out, want) {
 			return fmt.Errorf("the story does not tell of %q: %s", want, out)
 		}
