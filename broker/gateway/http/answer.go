@@ -213,6 +213,14 @@ func (x *exchange) masked(res *http.Response) error {
 		if n, err := io.ReadFull(res.Body, make([]byte, 1)); n == 0 && err == io.EOF {
 			return nil
 		}
+		if res.Header.Get("Location") != "" && res.StatusCode >= 300 && res.StatusCode < 400 {
+			// What servers write beside a redirect says no more than its head.
+			_ = res.Body.Close()
+			res.Body = http.NoBody
+			res.Header.Del("Content-Type")
+			x.count(1, 0)
+			return nil
+		}
 		return withheld("content of this type cannot be masked by the rules in force")
 	}
 	b, err := x.all(res)
@@ -309,6 +317,9 @@ func (x *exchange) whole(kind content, b []byte, h http.Header) ([]byte, int64, 
 		return b, 0, nil
 	}
 	if kind == document {
+		if t := bytes.TrimLeft(b, " \t\r\n"); x.v.named && len(t) > 0 && t[0] != '{' && t[0] != '[' && string(bytes.TrimRight(t, " \t\r\n")) != "null" {
+			return []byte(strconv.Quote(masking.Hidden)), 1, nil // a value without a name, which may be any
+		}
 		out, n, err := m.JSON(b)
 		if err != nil {
 			return nil, 0, withheld("it says it is JSON, and cannot be masked as that")
@@ -376,12 +387,26 @@ func (x *exchange) hideHeaders(h http.Header) {
 				continue
 			}
 		}
+		if x.v.named && !plain(name) {
+			delete(h, name) // a value that a rule may mean under another name
+			x.count(1, 0)
+			continue
+		}
 		for i, v := range values {
 			out, n := x.v.header(name, v)
 			values[i] = out
 			x.count(n, 0)
 		}
 	}
+}
+
+// known are headers that say nothing of what a target's data are, but for what
+// detectors find: they pass where rules go by names.
+var known = []string{"Age", "Allow", "Cache-Control", "Content-Language", "Content-Type", "Link", "Location", "Pragma", "Retry-After", "Server", "Vary", "Www-Authenticate",
+	"Deprecation", "Sunset", "Accept-Patch", "Accept-Post", "Timing-Allow-Origin", "Traceparent", "X-Content-Type-Options", "X-Correlation-Id", "X-Request-Id", "X-Total-Count"}
+
+func plain(name string) bool {
+	return slices.Contains(known, name) || strings.HasPrefix(name, "Access-Control-") || strings.HasPrefix(name, "Ratelimit") || strings.HasPrefix(name, "X-Ratelimit-")
 }
 
 // framed reports whether a header's values are what HTTP says they are, in

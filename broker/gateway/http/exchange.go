@@ -146,7 +146,9 @@ func (x *exchange) judge() *gateway.Refusal {
 		return no("no route allows this path")
 	case !allowed:
 		return no("no route allows this method here")
-	case slices.Contains(x.query, "_method"):
+	case x.v.key != "" && slices.ContainsFunc(x.query, func(k string) bool { return k != x.v.key && plainKey(k) == plainKey(x.v.key) }):
+		return no("the query names the key in which the target is shown the secret")
+	case slices.ContainsFunc(x.query, func(k string) bool { return plainKey(k) == "_method" }):
 		return no("the query would have the target take another method")
 	}
 	x.use = r.Method + " " + pattern
@@ -323,7 +325,7 @@ func (x *exchange) RoundTrip(req *http.Request) (*http.Response, error) {
 var theirs = []string{
 	"Authorization", "Proxy-Authorization", "Dpop", "Cookie", "Proxy-Connection",
 	"Forwarded", "Via", "X-Real-Ip", "X-Client-Ip", "Client-Ip", "True-Client-Ip", "Cf-Connecting-Ip", "X-Cluster-Client-Ip", "X-Host", "X-Proxyuser-Ip",
-	"X-Http-Method-Override", "X-Http-Method", "X-Method-Override", "X-Original-Url", "X-Original-Host", "X-Rewrite-Url",
+	"X-Http-Method-Override", "X-Http-Method", "X-Method-Override", "X-Http-Host-Override",
 	// Parts of a body cannot be masked, and parts of a secret not be found.
 	"Range", "If-Range",
 	"Expect", // the gateway has answered it
@@ -331,12 +333,15 @@ var theirs = []string{
 	"X-Request-Target", "Max-Forwards", "Http2-Settings", "X-Amz-Security-Token", "X-Amz-Date", "X-Amz-Content-Sha256",
 }
 
+// families are the beginnings of more such names, in lower case.
+var families = []string{"x-forwarded", "x-original-", "x-rewrite-"}
+
 // scrub takes out of a step's headers what is not its to say.
 func (x *exchange) scrub(h http.Header) {
 	for name := range h {
 		lower := strings.ToLower(name)
 		// CGI and WSGI take _ for -: X_Api_Key would stand beside X-Api-Key.
-		if strings.HasPrefix(lower, "x-forwarded") || strings.Contains(name, "_") || lower == x.v.shown {
+		if strings.Contains(name, "_") || lower == x.v.shown || slices.ContainsFunc(families, func(f string) bool { return strings.HasPrefix(lower, f) }) {
 			delete(h, name)
 		}
 	}
@@ -385,7 +390,7 @@ func (x *exchange) note(err error) {
 // why is the reason on record for what ended the exchange, or empty.
 func (x *exchange) why() string {
 	x.mu.Lock()
-	err := x.err
+	err, changed := x.err, x.conn != nil
 	x.mu.Unlock()
 	cause := context.Cause(x.ctx)
 	var hidden withheld
@@ -396,7 +401,7 @@ func (x *exchange) why() string {
 		return store.UseWithheld
 	case errors.Is(cause, errTimeout):
 		return store.UseTimeout
-	case x.upgrade && err == nil, cause == nil && err == nil:
+	case err == nil && (changed || cause == nil): // either side may end a WebSocket
 		return ""
 	case cause != nil, errors.Is(err, errClient):
 		return store.UseClient
@@ -447,6 +452,16 @@ func (x *exchange) deadline() {
 		d = endWithin
 	}
 	_ = x.rc.SetWriteDeadline(time.Now().Add(d))
+}
+
+// written takes the deadline off: HTTP/2 ends a stream when it is over, though
+// nothing is being written.
+func (x *exchange) written() {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if x.v.sess.Context().Err() == nil {
+		_ = x.rc.SetWriteDeadline(time.Time{})
+	}
 }
 
 func (x *exchange) problem(status int, slug, detail string) {
@@ -547,6 +562,7 @@ func (w *writer) WriteHeader(status int) {
 func (w *writer) Write(p []byte) (int, error) {
 	w.x.deadline()
 	n, err := w.x.w.Write(p)
+	w.x.written()
 	w.x.got(p[:n])
 	if err != nil {
 		w.x.note(errClient)
@@ -556,7 +572,9 @@ func (w *writer) Write(p []byte) (int, error) {
 
 func (w *writer) FlushError() error {
 	w.x.deadline()
-	return w.x.rc.Flush()
+	err := w.x.rc.Flush()
+	w.x.written()
+	return err
 }
 
 // Hijack hands the connection over to an upgrade.

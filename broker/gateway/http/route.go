@@ -96,6 +96,13 @@ func keys(raw string) ([]string, error) {
 	return out, nil
 }
 
+// plainKey is a query's key as targets may take it: PHP reads a.b, a+b and
+// a[b] as a_b and a, ASP.NET knows no case.
+func plainKey(k string) string {
+	k, _, _ = strings.Cut(strings.TrimLeft(k, " "), "[")
+	return strings.NewReplacer(".", "_", " ", "_").Replace(strings.ToLower(k))
+}
+
 // match finds the pattern that lets method reach path. allowed says whether it
 // does; where it does not, pattern is one that other methods may reach it by, or
 // empty.

@@ -72,7 +72,9 @@ var errFrame = errors.New("the target broke the WebSocket protocol")
 func (f *frames) Read(p []byte) (int, error) {
 	for len(f.out) == 0 {
 		if f.err == nil {
-			f.err = f.step()
+			if f.err = f.step(); f.err == errFrame {
+				f.x.note(f.err)
+			}
 		}
 		if len(f.out) == 0 && f.err != nil {
 			return 0, f.err
@@ -83,8 +85,9 @@ func (f *frames) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-// maxPiece is how much of a frame is handed on at once, in bytes.
-const maxPiece = 32 << 10
+// maxPiece is how much of a frame is handed on at once, in bytes. Frames up to
+// it stay whole: there are clients that know no others.
+const maxPiece = 1 << 20
 
 // step reads a piece of a frame, or the head of the next.
 func (f *frames) step() error {
@@ -93,11 +96,12 @@ func (f *frames) step() error {
 		return f.head()
 	}
 	piece := make([]byte, min(f.left, maxPiece))
-	// What is there by now goes on: a message need not come at once.
-	n, err := f.in.Read(piece)
-	f.left -= uint64(n)
-	f.message(piece[:n])
-	return err
+	if _, err := io.ReadFull(f.in, piece); err != nil {
+		return err
+	}
+	f.left -= uint64(len(piece))
+	f.message(piece)
+	return nil
 }
 
 // message hands on a part of a message, and its end.
