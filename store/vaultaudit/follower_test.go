@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -45,22 +46,33 @@ type house struct {
 
 func newHouse(t *testing.T) *house {
 	t.Helper()
+	dir := t.TempDir()
 	skey, vkey, err := note.GenerateKey(rand.Reader, "vault-audit.example/log")
+	must(t, err)
+	must(t, os.WriteFile(filepath.Join(dir, "keys"), []byte(skey+"\n"+vkey), 0o600))
+	return houseAt(t, dir)
+}
+
+// houseAt opens the house that is in dir.
+func houseAt(t *testing.T, dir string) *house {
+	t.Helper()
+	l, err := openLedger(dir)
+	must(t, err)
+	t.Cleanup(func() { l.Close() })
+	return &house{t: t, ledger: l, dir: dir, log: filepath.Join(dir, "audit.log")}
+}
+
+func openLedger(dir string) (*ledger.Ledger, error) {
+	keys, err := os.ReadFile(filepath.Join(dir, "keys"))
 	if err != nil {
-		t.Fatal(err)
+		return nil, err
 	}
+	skey, vkey, _ := strings.Cut(string(keys), "\n")
 	signer, err := note.NewSigner(skey)
 	if err != nil {
-		t.Fatal(err)
+		return nil, err
 	}
-	h := &house{t: t, dir: t.TempDir()}
-	h.log = filepath.Join(h.dir, "audit.log")
-	h.ledger, err = ledger.Open(t.Context(), ledger.Options{Dir: filepath.Join(h.dir, "ledger"), Signer: signer, Verifier: vkey, PrivacyKey: make([]byte, 32), RecheckEvery: -1})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { h.ledger.Close() })
-	return h
+	return ledger.Open(context.Background(), ledger.Options{Dir: filepath.Join(dir, "ledger"), Signer: signer, Verifier: vkey, PrivacyKey: make([]byte, 32), RecheckEvery: -1})
 }
 
 func (h *house) options() Options {
@@ -191,18 +203,18 @@ func made(id string, at time.Time, accessor string, meta map[string]string) stri
 // entries are those on record of a type.
 func (h *house) entries(t store.Type) (out []*store.Entry) {
 	h.t.Helper()
-	page, err := h.ledger.History(h.t.Context(), ledger.Query{Type: string(t), Limit: 10_000})
-	if err != nil {
-		h.t.Fatal(err)
-	}
-	for _, e := range page.Entries {
-		p, err := store.ParseLeaf(e.Entry)
-		if err != nil {
-			h.t.Fatal(err)
+	for q := (ledger.Query{Type: string(t)}); ; {
+		page, err := h.ledger.History(h.t.Context(), q)
+		must(h.t, err)
+		for _, e := range page.Entries {
+			p, err := store.ParseLeaf(e.Entry)
+			must(h.t, err)
+			out = append(out, p)
 		}
-		out = append(out, p)
+		if q.Cursor = page.Next; q.Cursor == "" {
+			return out
+		}
 	}
-	return out
 }
 
 // alerts counts those on record by what they are about.
@@ -306,6 +318,76 @@ func TestEachUseIsOnRecordOnceHoweverOftenTheLogIsRead(t *testing.T) {
 	if n := len(h.entries(store.CredentialUsed)); n != 31 {
 		t.Errorf("%d uses", n)
 	}
+}
+
+func TestMain(m *testing.M) {
+	if dir := os.Getenv("COUNTERSIGN_TEST_FOLLOW"); dir != "" {
+		followForever(dir)
+	}
+	os.Exit(m.Run())
+}
+
+// followForever follows the audit log of the house in dir until it is killed.
+func followForever(dir string) {
+	l, err := openLedger(dir)
+	if err == nil {
+		h := &house{ledger: l, dir: dir, log: filepath.Join(dir, "audit.log")}
+		if _, err = Open(h.file()); err == nil {
+			time.Sleep(time.Minute)
+		}
+	}
+	fmt.Fprintln(os.Stderr, err)
+	os.Exit(1)
+}
+
+func TestAFollowerThatIsKilledRecordsEachUseOnce(t *testing.T) {
+	h := newHouse(t)
+	creds := []*cred{h.issued(), h.issued(), h.issued()}
+	must(t, h.ledger.Close())
+	const uses = 400 * kills
+	now := time.Now()
+	for i := range uses {
+		h.write(creds[i%len(creds)].use(fmt.Sprintf("r-%d", i), now.Add(time.Duration(i)*time.Microsecond)))
+	}
+	read := func() int64 {
+		p, _ := (&cursor{filepath.Join(h.dir, "cursor"), "vault-audit.example/log"}).read()
+		return p.Next
+	}
+	size, err := os.Stat(h.log)
+	must(t, err)
+	killed, midway := 0, 0
+	for ; killed < kills && read() < size.Size(); killed++ {
+		cmd := exec.Command(os.Args[0])
+		cmd.Env, cmd.Stderr = append(os.Environ(), "COUNTERSIGN_TEST_FOLLOW="+h.dir), os.Stderr
+		must(t, cmd.Start())
+		// Killed some time after it has moved on, so that every run gets further.
+		was := read()
+		eventually(t, "the follower moves on", func() bool { return read() > was })
+		time.Sleep(time.Duration(killed%7) * time.Millisecond)
+		must(t, cmd.Process.Kill())
+		_ = cmd.Wait()
+		if read() < size.Size() {
+			midway++
+		}
+	}
+	if midway == 0 {
+		t.Error("it was never killed on the way")
+	}
+	h = houseAt(t, h.dir)
+	f := h.open(h.file())
+	eventually(t, "the rest is read", func() bool { return read() == size.Size() })
+	must(t, f.Close())
+	seen := map[string]bool{}
+	for _, e := range h.entries(store.CredentialUsed) {
+		if seen[e.ID] {
+			t.Fatal("twice: " + e.ID)
+		}
+		seen[e.ID] = true
+	}
+	if len(seen) != uses || len(h.alerts()) > 0 {
+		t.Errorf("%d uses on record, there were %d; alerts %v", len(seen), uses, h.alerts())
+	}
+	t.Logf("killed %d times, %d of them on the way", killed, midway)
 }
 
 func TestAFailedRequestIsAUseWithItsOutcome(t *testing.T) {
