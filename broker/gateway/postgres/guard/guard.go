@@ -39,7 +39,8 @@ const (
 	stateTooComplex  = "54001" // statement_too_complex
 )
 
-// Verdict is what the guard makes of one string of statements.
+// Verdict is what the guard makes of one string of statements. Verdicts are
+// shared: they must not be changed.
 type Verdict struct {
 	Statements []Statement
 	Refused    string // why, in words that hold no value; empty where it is let through
@@ -484,7 +485,9 @@ func (a *analysis) copy(s *pgquery.CopyStmt) (direction string) {
 	}
 	sc.sources = []*source{src}
 	listed := src.columns
-	if len(s.Attlist) > 0 {
+	if len(s.Attlist) == 0 {
+		a.bare(listed)
+	} else {
 		listed = nil
 		for _, n := range s.Attlist {
 			c, ok := src.column(n.GetString_().GetSval())

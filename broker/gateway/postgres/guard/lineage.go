@@ -741,7 +741,9 @@ func (a *analysis) isColumn(sc *scope, name string) bool {
 }
 
 // alias finds the source that a name, or a schema and a name, means: the
-// nearest, and what any other of that name holds.
+// nearest, and what any other of that name holds. Where PostgreSQL might mean
+// one of the others, with other columns, what is returned has columns that are
+// not known.
 func (a *analysis) alias(sc *scope, fields []*pgquery.Node) (found *source, others taint) {
 	schema, name := qualifiedName(fields)
 	if len(fields) > 2 || name == "" {
@@ -754,8 +756,11 @@ func (a *analysis) alias(sc *scope, fields []*pgquery.Node) (found *source, othe
 			}
 			if found == nil {
 				found = s
-			} else {
-				others = max(others, s.whole())
+				continue
+			}
+			others = max(others, s.whole())
+			if len(s.columns) != len(found.columns) {
+				found = &source{schema: found.schema, alias: found.alias, columns: found.columns, relation: found.relation, isOpen: true, open: max(found.whole(), others)}
 			}
 		}
 	}
