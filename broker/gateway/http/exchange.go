@@ -21,6 +21,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 	"unicode/utf8"
 
@@ -68,6 +69,11 @@ type exchange struct {
 	watch   *watch // of silence
 	began   bool   // a line of a stream was read
 
+	reading sync.Mutex  // held while the step's body is read
+	over    atomic.Bool // it is to be read no more
+	arrived atomic.Bool // all of it was read
+	had     int64       // how much of it was read; under reading
+
 	mu   sync.Mutex // the rest, which several goroutines write
 	err  error      // the first that ended it
 	out  store.UseOutcome
@@ -87,6 +93,7 @@ func (x *exchange) serve() {
 	x.ctx, x.cancel = context.WithCancelCause(x.r.Context())
 	defer x.cancel(nil)
 	defer context.AfterFunc(x.v.sess.Context(), func() { x.cut(gateway.ErrEnded) })()
+	defer x.leave()
 	first, excerpt, err := x.excerpt()
 	if err != nil {
 		x.problem(http.StatusBadRequest, "malformed", "the body did not arrive")
@@ -97,6 +104,20 @@ func (x *exchange) serve() {
 	}
 	defer x.finish()
 	x.send(first)
+}
+
+// leave sees to it that nobody reads the step's body when the server has its
+// connection back: net/http does not stand two readers.
+func (x *exchange) leave() {
+	if x.r.ContentLength == 0 || x.arrived.Load() {
+		return
+	}
+	x.mu.Lock()
+	x.over.Store(true)
+	_ = x.rc.SetReadDeadline(time.Now())
+	x.mu.Unlock()
+	x.reading.Lock() // until a read that is under way has seen it
+	defer x.reading.Unlock()
 }
 
 // judge says why a request may not pass, or nil.
@@ -517,18 +538,8 @@ func (s *sending) Read(p []byte) (n int, err error) {
 		n = copy(p, s.first)
 		s.first = s.first[n:]
 	} else {
+		n, err = s.read(p)
 		x := s.x
-		x.mu.Lock()
-		if x.ctx.Err() == nil {
-			_ = x.rc.SetReadDeadline(time.Now().Add(x.g.cfg.Slow))
-		}
-		x.mu.Unlock()
-		n, err = s.from.Read(p)
-		x.mu.Lock()
-		if x.ctx.Err() == nil {
-			_ = x.rc.SetReadDeadline(time.Time{})
-		}
-		x.mu.Unlock()
 		if err != nil && err != io.EOF {
 			x.note(errClient)
 		}
@@ -543,7 +554,37 @@ func (s *sending) Read(p []byte) (n int, err error) {
 	return n, err
 }
 
-func (s *sending) Close() error { return s.from.Close() }
+func (s *sending) read(p []byte) (int, error) {
+	x := s.x
+	x.reading.Lock()
+	defer x.reading.Unlock()
+	x.mu.Lock()
+	if x.ctx.Err() == nil && !x.over.Load() {
+		_ = x.rc.SetReadDeadline(time.Now().Add(x.g.cfg.Slow))
+	}
+	x.mu.Unlock()
+	if x.over.Load() {
+		return 0, errClient
+	}
+	n, err := s.from.Read(p)
+	x.had += int64(n)
+	if err == io.EOF || x.r.ContentLength > 0 && x.had == x.r.ContentLength {
+		x.arrived.Store(true)
+	}
+	x.mu.Lock()
+	if x.ctx.Err() == nil && !x.over.Load() {
+		_ = x.rc.SetReadDeadline(time.Time{})
+	}
+	x.mu.Unlock()
+	return n, err
+}
+
+// Close leaves the step's own body to the server, which would otherwise wait
+// for the rest of it here.
+func (s *sending) Close() error {
+	s.x.leave()
+	return nil
+}
 
 // writer is the answer on its way to the step.
 type writer struct{ x *exchange }
@@ -555,6 +596,13 @@ func (w *writer) Header() http.Header { return w.x.w.Header() }
 func (w *writer) WriteHeader(status int) {
 	if status >= 200 || status == http.StatusSwitchingProtocols {
 		w.x.deadline()
+		if w.x.r.ProtoMajor == 1 && w.x.r.ContentLength != 0 {
+			if w.x.arrived.Load() {
+				w.x.w.Header().Del("Connection")
+			} else {
+				w.x.w.Header().Set("Connection", "close") // see closing
+			}
+		}
 		w.x.w.WriteHeader(status)
 	}
 }

@@ -170,6 +170,7 @@ func (g *Gateway) newInner() *http.Server {
 		Protocols: &p,
 		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(g.cfg.Slow))
+			closing(w, r)
 			t := r.Context().Value(tunnelKey{}).(*tunnel) // ConnContext below sets it
 			if t.sess.Context().Err() != nil {
 				problem(w, http.StatusUnauthorized, "unauthenticated", "the session has ended")

@@ -92,6 +92,7 @@ const caPath = "/.countersign/ca.pem"
 func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	// A deadline of the request before on this connection may still stand.
 	_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(g.cfg.Slow))
+	closing(w, r)
 	switch {
 	case r.Method == http.MethodConnect:
 		g.connect(w, r)
@@ -107,6 +108,16 @@ func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			return
 		}
 		g.serve(w, r, sess, reverse)
+	}
+}
+
+// closing has the connection of a request with a body closed after the answer.
+// What is left of a body must not be taken for the next request, and net/http
+// waits for it without end before it answers. Once the body is read, the
+// connection may stay.
+func closing(w http.ResponseWriter, r *http.Request) {
+	if r.ProtoMajor == 1 && r.ContentLength != 0 {
+		w.Header().Set("Connection", "close")
 	}
 }
 

@@ -371,6 +371,7 @@ func TestWhatComesBackIsMasked(t *testing.T) {
 		{"nothing, of a type that cannot be masked", "image/png", "", fields("email"), "-"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
 			for _, status := range []int{200, 500} {
 				p := newPath(t, says(status, c.kind, c.body), &store.Access{Masking: c.rules, HTTP: &store.HTTPAccess{Routes: open().Routes, Sample: 1000}}, option{})
 				a := p.get("/x")
