@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/countersign-dev/countersign/broker/gateway"
+	"github.com/countersign-dev/countersign/broker/gateway/masking"
 	"github.com/countersign-dev/countersign/issuer"
 	"github.com/countersign-dev/countersign/store"
 )
@@ -343,4 +344,14 @@ func trusting(pem []byte) *tls.Config {
 	pool := x509.NewCertPool()
 	pool.AppendCertsFromPEM(pem)
 	return &tls.Config{RootCAs: pool, MinVersion: tls.VersionTLS12}
+}
+
+// newTestView is a view of rules alone.
+func newTestView(m store.Masking) (*view, error) {
+	masker, err := masking.New(m)
+	v := &view{masker: masker, access: &store.Access{HTTP: &store.HTTPAccess{}}}
+	for _, r := range m.Rules {
+		v.named = v.named || r.Detector == ""
+	}
+	return v, err
 }
