@@ -184,6 +184,9 @@ type Config struct {
 	// Streams says that the handler bounds by itself how long it reads a body and
 	// writes an answer, which may have no end.
 	Streams bool
+	// H2C says that HTTP/2 is spoken without TLS, too, to who begins with it (RFC
+	// 9113, section 3.3).
+	H2C bool
 }
 
 // Serve answers on l until ctx is done, then lets what is under way end. The
@@ -211,6 +214,12 @@ func Serve(ctx context.Context, l net.Listener, c Config) error {
 	}
 	if c.Streams {
 		s.WriteTimeout = 0
+	}
+	if c.H2C {
+		s.Protocols = new(http.Protocols)
+		s.Protocols.SetHTTP1(true)
+		s.Protocols.SetHTTP2(true)
+		s.Protocols.SetUnencryptedHTTP2(true)
 	}
 	failed := make(chan error, 1)
 	go func() {

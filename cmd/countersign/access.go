@@ -62,7 +62,7 @@ func (m *machines) serveAccess(ctx context.Context, at map[string]accessListener
 	log := m.o.log.Named("gateway")
 	serve := func(x accessListener, h http.Handler) {
 		run(func() error {
-			return server.Serve(ctx, x.l, server.Config{Handler: h, TLS: x.tls, Log: log, Drain: drain, Streams: true})
+			return server.Serve(ctx, x.l, server.Config{Handler: h, TLS: x.tls, Log: log, Drain: drain, Streams: true, H2C: true})
 		})
 	}
 	for protocol, x := range at {

@@ -69,7 +69,8 @@ type recordConfig struct {
 	Retention retentionConfig  `yaml:"retention"` // none: erasable texts are kept for good
 	Export    exportConfig     `yaml:"export"`
 
-	VaultAudit *vaultAuditConfig `yaml:"vault_audit"` // none: Vault's audit log is not followed
+	VaultAudit *vaultAuditConfig `yaml:"vault_audit"`  // none: Vault's audit log is not followed
+	Metrics    string            `yaml:"metrics_addr"` // host:port of a listener for Prometheus alone; none: no metrics
 }
 
 type listenConfig struct {
@@ -196,6 +197,11 @@ func (c *recordConfig) check() error {
 	if c.Keep != nil {
 		if err := c.Keep.check(); err != nil {
 			return err
+		}
+	}
+	if c.Metrics != "" {
+		if err := hostPort(c.Metrics); err != nil {
+			return fmt.Errorf("metrics_addr: %w", err)
 		}
 	}
 	if err := errors.Join(c.SIEM.Check(), c.Retention.check(), c.Export.check(), c.VaultAudit.check()); err != nil {

@@ -55,6 +55,7 @@ recheck: 1h
 drain: 20s
 private: true
 vault_audit: {file: audit.log, addr: https://vault.example.com, token_file: vault.token}
+metrics_addr: 127.0.0.1:9091
 `
 
 func write(t *testing.T, text string) string {

@@ -217,7 +217,7 @@ func (c *recordConfig) options(log *zap.Logger) (*peopleOptions, error) {
 			return nil, err
 		}
 	}
-	o.siem, o.retention, o.export, o.vaultAudit = c.SIEM, c.Retention, c.Export, c.VaultAudit
+	o.siem, o.retention, o.export, o.vaultAudit, o.metrics = c.SIEM, c.Retention, c.Export, c.VaultAudit, c.Metrics
 	return o, nil
 }
 
@@ -235,6 +235,7 @@ type peopleOptions struct {
 	retention   retentionConfig  // how long erasable texts are kept
 	export      exportConfig
 	vaultAudit  *vaultAuditConfig // nil: Vault's audit log is not followed
+	metrics     string            // address where metrics are served; empty: nowhere
 	log         *zap.Logger
 }
 
@@ -261,6 +262,7 @@ type people struct {
 	pusher    *siem.Pusher         // nil: nothing is pushed
 	audit     *vaultaudit.Follower // nil: Vault's audit log is not followed
 	unkeep    func()               // ends the keeping of checkpoints
+	unmeasure func()               // ends the listener of metrics; nil: there is none
 	handler   http.Handler
 	log       *zap.Logger
 }
@@ -331,6 +333,9 @@ func openPeople(ctx context.Context, o *peopleOptions) (*people, error) {
 	if err == nil {
 		p.audit, err = o.vaultAudit.open(l, o.ledger.Dir, o.ledger.Signer.Name(), o.trustDomain, o.log.Named("vault-audit"))
 	}
+	if err == nil && o.metrics != "" {
+		p.unmeasure, err = serveMetrics(p, o.metrics)
+	}
 	if err != nil {
 		p.close()
 		return nil, err
@@ -384,6 +389,9 @@ func (p *people) drain() {
 }
 
 func (p *people) close() {
+	if p.unmeasure != nil {
+		p.unmeasure()
+	}
 	if p.unkeep != nil {
 		p.unkeep()
 	}

@@ -3,8 +3,11 @@ package main
 import (
 	"context"
 	"crypto/rand"
+	"errors"
 	"fmt"
+	"io"
 	"net"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
@@ -302,6 +305,19 @@ func TestATokenMintedBesideTheFlowRaisesAnAlert(t *testing.T) {
 	_, err = v.as(s.Auth.ClientToken).Logical().Read("secret/data/demo")
 	must(t, err)
 	eventually(t, "the alert of its use", func() bool { return f.Counts().AlertUse == 1 })
+	addr := freeAddr(t)
+	stop, err := serveMetrics(&people{audit: f, log: zap.NewNop()}, addr)
+	must(t, err)
+	res, err := http.Get("http://" + addr + "/metrics")
+	must(t, err)
+	told, err := io.ReadAll(res.Body)
+	must(t, errors.Join(err, res.Body.Close()))
+	stop()
+	for _, want := range []string{`countersign_alerts_total{alert="mint-without-intent"} 2`, `countersign_alerts_total{alert="use-unmatched"} 1`} {
+		if !strings.Contains(string(told), want) {
+			t.Errorf("the metrics do not tell %s:\n%s", want, told)
+		}
+	}
 	must(t, f.Close())
 	uses, alerts := v.uses()
 	if alerts[store.AlertMint] != 2 || alerts[store.AlertUse] != 1 || len(alerts) != 2 || uses[honest.Issued.Intent] != 1 || len(uses) != 1 {
