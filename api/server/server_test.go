@@ -204,6 +204,39 @@ func TestServeRefusesHugeHeadersAndEndsWhenTold(t *testing.T) {
 	}
 }
 
+func TestHTTP2IsSpokenWithoutTLSWhereTheListenerIsToldTo(t *testing.T) {
+	for _, two := range []bool{false, true} {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithCancel(context.Background())
+		ended := make(chan error, 1)
+		go func() {
+			ended <- Serve(ctx, l, Config{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, r.Proto) }), Log: zap.NewNop(), H2C: two})
+		}()
+		var p http.Protocols
+		p.SetUnencryptedHTTP2(true)
+		tr := &http.Transport{Protocols: &p}
+		resp, err := (&http.Client{Transport: tr}).Get("http://" + l.Addr().String())
+		if err == nil {
+			b, _ := io.ReadAll(resp.Body)
+			resp.Body.Close()
+			if string(b) != "HTTP/2.0" {
+				t.Errorf("spoke %s", b)
+			}
+		}
+		if (err == nil) != two {
+			t.Errorf("H2C %t: %v", two, err)
+		}
+		tr.CloseIdleConnections()
+		cancel()
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 func TestARequestArrivesWithItsConnectionAndALaterOneWhenItComes(t *testing.T) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {

@@ -181,6 +181,7 @@ func (r *receiving) Read(p []byte) (int, error) {
 func (x *exchange) masked(res *http.Response) error {
 	v := x.v
 	if v.masker == nil {
+		x.hideHeaders(res.Trailer) // their names are told now, their values when the content ends
 		res.Body = &redacting{from: res.Body, r: redactor{s: v.secrets}, x: x, res: res}
 		return nil
 	}
