@@ -15,8 +15,14 @@ import (
 // secrets are the strings that show the secret to who reads them. A nil
 // *secrets is none.
 type secrets struct {
-	byFirst [256][]string // the longest first
+	byFirst [256][]string   // the longest first
+	pairs   [1 << 10]uint64 // a bit for each two bytes that begin one
 	longest int
+}
+
+func (s *secrets) begins(a, b byte) bool {
+	at := uint16(a)<<8 | uint16(b)
+	return s.pairs[at>>6]&(1<<(at&63)) != 0
 }
 
 // newSecrets takes each value as it is, and as targets write what they were
@@ -27,6 +33,8 @@ func newSecrets(values []string) *secrets {
 	add := func(v string) {
 		if len(v) >= inject.MinValue && !slices.Contains(s.byFirst[v[0]], v) {
 			s.byFirst[v[0]] = append(s.byFirst[v[0]], v)
+			at := uint16(v[0])<<8 | uint16(v[1])
+			s.pairs[at>>6] |= 1 << (at & 63)
 			s.longest = max(s.longest, len(v))
 		}
 	}
@@ -74,51 +82,51 @@ func lowerEscapes(s string) string {
 // is held back until it is known.
 type redactor struct {
 	s    *secrets
+	buf  []byte
 	held []byte
 	due  int // of held, how many bytes are of a secret already
 	n    int64
 }
 
 // add takes p and returns what is known by now, which is valid until the next
-// call.
-func (r *redactor) add(p []byte) []byte { return r.scan(p, false) }
-
-// end returns what was held back.
-func (r *redactor) end() []byte { return r.scan(nil, true) }
-
-func (r *redactor) scan(p []byte, last bool) []byte {
+// add.
+func (r *redactor) add(p []byte) []byte {
 	if r.s == nil {
 		return p
 	}
-	data := append(r.held, p...)
-	out := make([]byte, 0, len(data))
+	r.buf = append(append(r.buf[:0], r.held...), p...)
+	return r.scan(r.buf, false)
+}
+
+// end returns what was held back.
+func (r *redactor) end() []byte { return r.scan(slices.Clone(r.held), true) }
+
+// scan hides in place: a byte is looked at as the first of a secret before it is
+// overwritten as part of another.
+func (r *redactor) scan(data []byte, last bool) []byte {
 	until, i := r.due, 0
 scan:
 	for ; i < len(data); i++ {
-		if list := r.s.byFirst[data[i]]; list != nil {
+		if i+1 == len(data) || r.s.begins(data[i], data[i+1]) {
 			rest := data[i:]
-			for _, v := range list {
+			for _, v := range r.s.byFirst[data[i]] {
 				switch {
 				case len(rest) < len(v):
 					if !last && strings.HasPrefix(v, string(rest)) {
 						break scan
 					}
-				case string(rest[:len(v)]) == v:
-					if i+len(v) > until {
-						until = i + len(v)
-						r.n++
-					}
+				case string(rest[:len(v)]) == v && i+len(v) > until:
+					until = i + len(v)
+					r.n++
 				}
 			}
 		}
 		if i < until {
-			out = append(out, '*')
-		} else {
-			out = append(out, data[i])
+			data[i] = '*'
 		}
 	}
-	r.held, r.due = append([]byte(nil), data[i:]...), max(0, until-i)
-	return out
+	r.held, r.due = append(r.held[:0], data[i:]...), max(0, until-i)
+	return data[:i]
 }
 
 // text hides the secrets in a text that is whole.
