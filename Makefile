@@ -21,10 +21,10 @@ PGBIN := $(firstword $(wildcard /usr/lib/postgresql/*/bin))
 export PATH := $(PATH)$(if $(PGBIN),:$(PGBIN))
 
 .DEFAULT_GOAL := build
-.PHONY: build demo test test-slow bench lint vault check servers
+.PHONY: build demo test test-slow bench lint vault check servers compiler
 
 ## build: the program, at bin/countersign
-build:
+build: compiler
 	$(GO) build -trimpath -buildvcs=auto -o bin/countersign ./cmd/countersign
 
 ## demo: a real flow against a real Vault and PostgreSQL, told as a story
@@ -49,7 +49,7 @@ test-slow: check servers vault
 	done
 
 ## bench: what docs/benchmarks.md reports, measured side by side in one run
-bench: ALSO = pgbouncer
+bench: ALSO = pgbouncer=pgbouncer
 bench: servers vault build
 	$(GO) build -C cmd/bench -o ../../bin/bench .
 	$(GO) run ./cmd/demo -postgres sh -c 'exec bin/bench -postgres "$$POSTGRES_DSN"'
@@ -74,16 +74,10 @@ check:
 		if [ -n "$$out" ]; then echo "not formatted, run gofmt -w on:"; echo "$$out"; exit 1; fi
 	$(GO) vet ./...
 
-# redis-server and PostgreSQL for the tests and the demo; a C compiler for the
-# race detector; curl for the commands of the README.
-servers:
+# $(call have,COMMANDS-AND-PACKAGES): installs what is missing of "command=package..."
+define have
 	@set -eu; missing=; \
-	command -v redis-server >/dev/null || missing="$$missing redis-server"; \
-	command -v initdb >/dev/null || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || missing="$$missing postgresql"; \
-	command -v psql >/dev/null || missing="$$missing postgresql-client"; \
-	command -v curl >/dev/null || missing="$$missing curl"; \
-	for also in $(ALSO); do command -v $$also >/dev/null || missing="$$missing $$also"; done; \
-	command -v cc >/dev/null || command -v gcc >/dev/null || missing="$$missing gcc libc6-dev"; \
+	for x in $(1); do command -v "$${x%%=*}" >/dev/null || missing="$$missing $$(echo "$${x#*=}" | tr + ' ')"; done; \
 	[ -n "$$missing" ] || exit 0; \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 		echo "installing$$missing"; \
@@ -91,3 +85,13 @@ servers:
 	else \
 		echo "missing:$$missing; install them (Debian: sudo apt-get install$$missing) and run make again" >&2; exit 1; \
 	fi
+endef
+
+# What reads SQL is PostgreSQL's own parser, in C.
+compiler:
+	$(call have,cc=gcc+libc6-dev)
+
+# redis-server and PostgreSQL for the tests and the demo; curl for the commands
+# of the README. initdb is looked for off PATH, too: see PGBIN.
+servers: compiler
+	$(call have,redis-server=redis-server initdb=postgresql psql=postgresql-client curl=curl $(ALSO))
