@@ -81,6 +81,8 @@ type exchange struct {
 	told []byte    // the beginning of what the step got
 	head string    // of the sample
 	conn net.Conn  // once it is hijacked
+
+	handed bool // the answer was handed on to its end
 }
 
 func (x *exchange) serve() {
@@ -325,7 +327,10 @@ func (x *exchange) send(first []byte) {
 		ModifyResponse: x.answer,
 		ErrorHandler:   x.failed,
 	}
-	p.ServeHTTP(&writer{x: x}, r)
+	p.ServeHTTP(&writer{x: x}, r) // panics where an answer breaks off
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	x.handed = x.err == nil
 }
 
 // RoundTrip shows the target the secret, as the last thing before the wire.
@@ -411,11 +416,13 @@ func (x *exchange) note(err error) {
 // why is the reason on record for what ended the exchange, or empty.
 func (x *exchange) why() string {
 	x.mu.Lock()
-	err, changed := x.err, x.conn != nil
+	err, changed, handed := x.err, x.conn != nil, x.handed
 	x.mu.Unlock()
 	cause := context.Cause(x.ctx)
 	var hidden withheld
 	switch {
+	case handed && !changed: // a step that has its answer may hang up
+		return ""
 	case errors.Is(cause, gateway.ErrEnded):
 		return store.UseCut
 	case errors.As(err, &hidden):
