@@ -49,7 +49,7 @@ func (g *Gateway) authenticate(r *http.Request) (*gateway.Session, error) {
 // forward answers a request to a proxy (RFC 9112, section 3.2.2).
 func (g *Gateway) forward(w http.ResponseWriter, r *http.Request) {
 	if g.ca == nil {
-		problem(w, http.StatusNotFound, "not-found", "there is no forward proxy here")
+		g.problem(w, http.StatusNotFound, "not-found", "there is no forward proxy here")
 		return
 	}
 	sess, err := g.authenticate(r)
@@ -64,7 +64,7 @@ func (g *Gateway) forward(w http.ResponseWriter, r *http.Request) {
 // under a certificate for the session's target, and for no other.
 func (g *Gateway) connect(w http.ResponseWriter, r *http.Request) {
 	if g.ca == nil {
-		problem(w, http.StatusMethodNotAllowed, "method-not-allowed", "there is no forward proxy here")
+		g.problem(w, http.StatusMethodNotAllowed, "method-not-allowed", "there is no forward proxy here")
 		return
 	}
 	sess, err := g.authenticate(r)
@@ -82,7 +82,7 @@ func (g *Gateway) connect(w http.ResponseWriter, r *http.Request) {
 	v, err := g.view(sess)
 	if err != nil {
 		g.cfg.Log.Error("a session's rules cannot be read", zap.String("scope", sess.Grant.Scope), zap.Error(err))
-		problem(w, http.StatusInternalServerError, "internal", "the rules of this session cannot be read")
+		g.problem(w, http.StatusInternalServerError, "internal", "the rules of this session cannot be read")
 		return
 	}
 	switch {
@@ -99,12 +99,12 @@ func (g *Gateway) connect(w http.ResponseWriter, r *http.Request) {
 	leaf, err := g.ca.leaf(v.base.Hostname())
 	if err != nil {
 		g.cfg.Log.Error("no certificate for a tunnel", zap.Error(err))
-		problem(w, http.StatusInternalServerError, "internal", "there is no certificate for this tunnel")
+		g.problem(w, http.StatusInternalServerError, "internal", "there is no certificate for this tunnel")
 		return
 	}
 	conn, brw, err := http.NewResponseController(w).Hijack()
 	if err != nil {
-		problem(w, http.StatusInternalServerError, "internal", "this connection cannot become a tunnel")
+		g.problem(w, http.StatusInternalServerError, "internal", "this connection cannot become a tunnel")
 		return
 	}
 	_ = conn.SetDeadline(time.Now().Add(g.cfg.Slow))
@@ -169,11 +169,11 @@ func (g *Gateway) newInner() *http.Server {
 	return &http.Server{
 		Protocols: &p,
 		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(g.cfg.Slow))
+			_ = http.NewResponseController(w).SetWriteDeadline(time.Time{})
 			closing(w, r)
 			t := r.Context().Value(tunnelKey{}).(*tunnel) // ConnContext below sets it
 			if t.sess.Context().Err() != nil {
-				problem(w, http.StatusUnauthorized, "unauthenticated", "the session has ended")
+				g.problem(w, http.StatusUnauthorized, "unauthenticated", "the session has ended")
 				return
 			}
 			g.serve(w, r, t.sess, forward)

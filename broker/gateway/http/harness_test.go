@@ -27,6 +27,7 @@ type recorder struct {
 	t    testing.TB
 	mu   sync.Mutex
 	subs []*store.Submission
+	n    int64 // of credential.used
 	down bool
 }
 
@@ -47,6 +48,11 @@ func (r *recorder) Append(_ context.Context, subs ...*store.Submission) (*store.
 		}
 	}
 	r.subs = append(r.subs, subs...)
+	for _, s := range subs {
+		if s.Type == store.CredentialUsed {
+			r.n++
+		}
+	}
 	return &store.Appended{}, nil
 }
 
@@ -54,6 +60,13 @@ func (r *recorder) stop(down bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.down = down
+}
+
+// recorded is how many uses are on record.
+func (r *recorder) recorded() int64 {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.n
 }
 
 // used is one use with what came of it.
@@ -211,7 +224,7 @@ func newPath(t testing.TB, target http.Handler, access *store.Access, o option) 
 	p := &path{t: t, rec: &recorder{t: t}}
 	p.target = httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		n := p.reached.Add(1)
-		if got := len(p.rec.uses()); int64(got) < n {
+		if got := p.rec.recorded(); got < n {
 			t.Errorf("request %d reached the target with %d uses on record", n, got)
 		}
 		for name, values := range r.Header {

@@ -91,7 +91,7 @@ const caPath = "/.countersign/ca.pem"
 // each write has a deadline of its own.
 func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	// A deadline of the request before on this connection may still stand.
-	_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(g.cfg.Slow))
+	_ = http.NewResponseController(w).SetWriteDeadline(time.Time{})
 	closing(w, r)
 	switch {
 	case r.Method == http.MethodConnect:
@@ -138,7 +138,7 @@ func (g *Gateway) unknown(w http.ResponseWriter, r *http.Request, status int) {
 		w.Header().Add("WWW-Authenticate", "Bearer")
 		w.Header().Add("WWW-Authenticate", `DPoP algs="ES256 EdDSA"`)
 	}
-	problem(w, status, "unauthenticated", "no session has this token: it is wrong, or its credential has ended")
+	g.problem(w, status, "unauthenticated", "no session has this token: it is wrong, or its credential has ended")
 }
 
 // serve answers a request of sess.
@@ -150,7 +150,7 @@ func (g *Gateway) serve(w http.ResponseWriter, r *http.Request, sess *gateway.Se
 	v, err := g.view(sess)
 	if err != nil {
 		g.cfg.Log.Error("a session's rules cannot be read", zap.String("scope", sess.Grant.Scope), zap.Error(err))
-		problem(w, http.StatusInternalServerError, "internal", "the rules of this session cannot be read")
+		g.problem(w, http.StatusInternalServerError, "internal", "the rules of this session cannot be read")
 		return
 	}
 	x := &exchange{g: g, v: v, w: w, r: r, rc: http.NewResponseController(w), by: by}
@@ -160,10 +160,10 @@ func (g *Gateway) serve(w http.ResponseWriter, r *http.Request, sess *gateway.Se
 // deny puts a refusal on record, and then tells the step.
 func (g *Gateway) deny(w http.ResponseWriter, r *http.Request, sess *gateway.Session, no gateway.Refusal) {
 	if !g.record(r, sess, no) {
-		problem(w, http.StatusServiceUnavailable, "ledger-unavailable", "refused, and that cannot be recorded now")
+		g.problem(w, http.StatusServiceUnavailable, "ledger-unavailable", "refused, and that cannot be recorded now")
 		return
 	}
-	problem(w, http.StatusForbidden, "scope-denied", no.Reason)
+	g.problem(w, http.StatusForbidden, "scope-denied", no.Reason)
 }
 
 func (g *Gateway) record(r *http.Request, sess *gateway.Session, no gateway.Refusal) bool {
@@ -207,6 +207,12 @@ func hostPort(u *url.URL) string {
 }
 
 func sameHost(a, b *url.URL) bool { return a.Scheme == b.Scheme && hostPort(a) == hostPort(b) }
+
+// problem answers within Config.Slow.
+func (g *Gateway) problem(w http.ResponseWriter, status int, slug, detail string) {
+	_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(g.cfg.Slow))
+	problem(w, status, slug, detail)
+}
 
 // problem answers with a problem document (RFC 9457), as the broker's API does.
 func problem(w http.ResponseWriter, status int, slug, detail string) {

@@ -316,6 +316,23 @@ func TestATargetThatDoesNotAnswerInTimeIsLeft(t *testing.T) {
 	}
 }
 
+func TestATargetMayTakeLongerToAnswerThanAWriteMay(t *testing.T) {
+	for _, two := range []bool{false, true} {
+		p := newPath(t, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			time.Sleep(150 * time.Millisecond)
+			_, _ = io.WriteString(w, "late")
+		}), &store.Access{}, option{config: func(c *Config) { c.Slow = 50 * time.Millisecond }})
+		if two {
+			tr := p.client.Transport.(*http.Transport)
+			tr.Protocols = new(http.Protocols)
+			tr.Protocols.SetUnencryptedHTTP2(true)
+		}
+		if a := p.get("/x"); a.err != nil || a.status != 200 || a.body != "late" {
+			t.Fatalf("HTTP/2 %t: %+v", two, a)
+		}
+	}
+}
+
 func TestAnAnswerThatFallsSilentIsCut(t *testing.T) {
 	p := newPath(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		_, _ = io.WriteString(w, "begun")
@@ -751,5 +768,26 @@ func TestATargetMayNotBeWhereTheGatewaysOwnHostIs(t *testing.T) {
 		if a := p.get("/x"); a.status != 502 || !p.refused(errAddress.Error()) {
 			t.Errorf("%+v", a)
 		}
+	}
+}
+
+// What a request costs beyond the same without a gateway, but for the record.
+func BenchmarkRequest(b *testing.B) {
+	p := newPath(b, says(200, "application/json", `{"email":"ada@example.com"}`), &store.Access{Masking: fields("email")}, option{})
+	for _, c := range []struct{ name, url string }{{"direct", p.target.URL}, {"gateway", p.url}} {
+		b.Run(c.name, func(b *testing.B) {
+			for b.Loop() {
+				req, err := http.NewRequestWithContext(b.Context(), "GET", c.url+"/orders/1", nil)
+				ok(b, err)
+				if c.name == "gateway" {
+					req.Header.Set("Authorization", "Bearer "+p.token)
+				} else {
+					p.reached.Store(-1 << 30) // these are on no record
+				}
+				if a := p.send(req); a.status != 200 {
+					b.Fatalf("%+v", a)
+				}
+			}
+		})
 	}
 }

@@ -24,31 +24,39 @@ func newLines(r io.Reader) *lines { return &lines{r: bufio.NewReaderSize(r, 16<<
 func (l *lines) next(max int) ([]byte, error) {
 	var out []byte
 	for {
-		c, err := l.r.ReadByte()
-		if err == io.EOF && len(out) > 0 {
+		if _, err := l.r.Peek(1); err == io.EOF && len(out) > 0 {
 			return out, io.ErrUnexpectedEOF
-		}
-		if err != nil {
+		} else if err != nil {
 			return nil, err
 		}
-		after := l.cr
-		l.cr = false
-		switch {
-		case c == '\n' && after && len(out) == 0:
+		b, _ := l.r.Peek(l.r.Buffered()) // what is there is there
+		if l.cr && b[0] == '\n' {
+			l.cr = false
+			_, _ = l.r.Discard(1)
 			continue
-		case c == '\n':
-			if !l.bare {
-				out = bytes.TrimSuffix(out, []byte("\r"))
-			}
-			return out, nil
-		case c == '\r' && l.bare:
-			l.cr = true
-			return out, nil
 		}
-		if len(out) >= max {
+		l.cr = false
+		end := bytes.IndexByte(b, '\n')
+		if cr := bytes.IndexByte(b, '\r'); l.bare && cr >= 0 && (end < 0 || cr < end) {
+			end, l.cr = cr, true
+		}
+		n := end
+		if end < 0 {
+			n = len(b)
+		}
+		if len(out)+n > max {
 			return nil, withheld("a line is larger than what is masked as a whole")
 		}
-		out = append(out, c)
+		out = append(out, b[:n]...)
+		if end < 0 {
+			_, _ = l.r.Discard(n)
+			continue
+		}
+		_, _ = l.r.Discard(n + 1)
+		if !l.bare {
+			out = bytes.TrimSuffix(out, []byte("\r"))
+		}
+		return out, nil
 	}
 }
 
