@@ -85,7 +85,9 @@ type exchange struct {
 // ServeHTTP implements http.Handler. The MCP endpoint is / and /mcp.
 func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Cache-Control", "no-store")
-	if r.URL.Path != "/" && r.URL.Path != "/mcp" {
+	// This is no proxy: a DPoP proof that was made for another host, which the step
+	// called, would be good here under that host's name.
+	if r.URL.Host != "" || r.URL.Path != "/" && r.URL.Path != "/mcp" {
 		problem(w, http.StatusNotFound, "not-found", "the MCP endpoint is /")
 		return
 	}
@@ -121,12 +123,19 @@ func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	x.ctx, x.cancel = context.WithCancelCause(r.Context())
 	defer x.cancel(nil)
-	defer context.AfterFunc(sess.Context(), func() {
+	told := make(chan struct{})
+	stop := context.AfterFunc(sess.Context(), func() {
+		defer close(told)
 		x.cancel(gateway.ErrEnded)
 		// A step that does not send or read is not waited for; one that does is told.
 		_ = x.rc.SetReadDeadline(time.Now())
 		_ = x.rc.SetWriteDeadline(time.Now().Add(endWithin))
-	})()
+	})
+	defer func() {
+		if !stop() {
+			<-told // after ServeHTTP, net/http panics where x.rc is used (HTTP/2)
+		}
+	}()
 	switch r.Method {
 	case http.MethodPost:
 		x.post()

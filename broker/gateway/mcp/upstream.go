@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"mime"
+	"net"
 	"net/http"
 	"net/url"
 	"strconv"
@@ -391,9 +392,23 @@ func (x *exchange) lost(k *call, err error, resumable bool) {
 	case reason == store.UseClient && !errors.Is(context.Cause(x.ctx), errGone):
 		x.g.revoke(k)
 	case reason == store.UseUpstream:
-		x.g.cfg.Log.Info("an MCP server failed", zap.String("scope", k.sess.Grant.Scope), zap.Error(err))
+		x.g.cfg.Log.Info("an MCP server failed", zap.String("scope", k.sess.Grant.Scope), zap.String("why", why(err)))
 	}
 	x.fail(k, reason)
+}
+
+// why is what the log may say of err: how a connection failed, and of an answer
+// only that it was none, since net/http quotes it.
+func why(err error) string {
+	var conn *net.OpError
+	var cert *tls.CertificateVerificationError
+	switch {
+	case errors.As(err, &conn):
+		return conn.Error()
+	case errors.As(err, &cert):
+		return cert.Error()
+	}
+	return "it hung up, or its answer breaks the protocol"
 }
 
 // revoke tells the server that nobody waits for k any more: closing a stream
