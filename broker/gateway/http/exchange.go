@@ -83,6 +83,7 @@ type exchange struct {
 	conn net.Conn  // once it is hijacked
 
 	handed bool // the answer was handed on to its end
+	given  bool // the handler is about to return
 }
 
 func (x *exchange) serve() {
@@ -94,6 +95,7 @@ func (x *exchange) serve() {
 	}
 	x.ctx, x.cancel = context.WithCancelCause(x.r.Context())
 	defer x.cancel(nil)
+	defer x.answered()
 	defer context.AfterFunc(x.v.sess.Context(), func() { x.cut(gateway.ErrEnded) })()
 	defer x.leave()
 	first, excerpt, err := x.excerpt()
@@ -120,6 +122,14 @@ func (x *exchange) leave() {
 	x.mu.Unlock()
 	x.reading.Lock() // until a read that is under way has seen it
 	defer x.reading.Unlock()
+}
+
+// answered ends the use of rc: over HTTP/2, net/http panics where it is used
+// once the handler has returned, and a cut may come just then.
+func (x *exchange) answered() {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	x.given = true
 }
 
 // judge says why a request may not pass, or nil.
@@ -463,6 +473,9 @@ func (x *exchange) cut(cause error) {
 	defer x.mu.Unlock()
 	if x.conn != nil {
 		_ = x.conn.Close()
+		return
+	}
+	if x.given {
 		return
 	}
 	_ = x.rc.SetReadDeadline(time.Now())
