@@ -15,6 +15,7 @@ import (
 )
 
 func TestNoRequestIsSmuggledPastTheGuards(t *testing.T) {
+	t.Parallel()
 	var mu sync.Mutex
 	var seen []string
 	p := newPath(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -84,6 +85,7 @@ func TestNoRequestIsSmuggledPastTheGuards(t *testing.T) {
 }
 
 func TestAFloodOfUndecidedStreamsIsBounded(t *testing.T) {
+	t.Parallel()
 	// Events without end, lines without end: what is held is bounded, and none is
 	// handed on.
 	for name, target := range map[string]http.HandlerFunc{
@@ -194,6 +196,7 @@ func FuzzFrames(f *testing.F) {
 }
 
 func TestRequestsSideBySideAreEachOnRecordBeforeTheyGo(t *testing.T) {
+	t.Parallel()
 	p := newPath(t, says(200, "application/json", `{"email":"ada@example.com"}`), &store.Access{Masking: fields("email")}, option{})
 	p.client.Transport.(*http.Transport).MaxIdleConnsPerHost = 16
 	var wg sync.WaitGroup

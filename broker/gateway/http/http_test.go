@@ -36,6 +36,7 @@ func says(status int, kind, body string) http.HandlerFunc {
 }
 
 func TestAStepReachesItsTargetWithoutEverHoldingTheSecret(t *testing.T) {
+	t.Parallel()
 	var got *http.Request
 	p := newPath(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		got = r.Clone(context.Background())
@@ -71,6 +72,7 @@ func TestAStepReachesItsTargetWithoutEverHoldingTheSecret(t *testing.T) {
 }
 
 func TestTheSecretIsShownAsTheGrantSays(t *testing.T) {
+	t.Parallel()
 	for name, c := range map[string]struct {
 		in   store.Inject
 		good func(*http.Request) bool
@@ -109,6 +111,7 @@ func TestTheSecretIsShownAsTheGrantSays(t *testing.T) {
 }
 
 func TestWhoShowsNoTokenIsTurnedAwayAndOnRecord(t *testing.T) {
+	t.Parallel()
 	p := newPath(t, says(200, "", ""), &store.Access{}, option{})
 	p.token = "another"
 	a := p.get("/x")
@@ -122,6 +125,7 @@ func TestWhoShowsNoTokenIsTurnedAwayAndOnRecord(t *testing.T) {
 }
 
 func TestASessionOfAnotherProtocolIsRefused(t *testing.T) {
+	t.Parallel()
 	p := newPath(t, says(200, "", ""), &store.Access{Protocol: store.ProtocolMCP, MCP: &store.MCPAccess{}}, option{})
 	if a := p.get("/x"); a.status != 403 || !p.refused("the session is for another protocol") || p.reached.Load() != 0 {
 		t.Fatalf("%+v", a)
@@ -129,6 +133,7 @@ func TestASessionOfAnotherProtocolIsRefused(t *testing.T) {
 }
 
 func TestNothingIsForwardedWhileTheRecorderIsDown(t *testing.T) {
+	t.Parallel()
 	p := newPath(t, says(200, "", "x"), &store.Access{HTTP: open("GET")}, option{})
 	p.rec.stop(true)
 	for _, method := range []string{"GET", "DELETE"} { // one would pass, one be refused
@@ -144,6 +149,7 @@ func TestNothingIsForwardedWhileTheRecorderIsDown(t *testing.T) {
 }
 
 func TestRoutesAllowMethodsOnPathsAndNothingElse(t *testing.T) {
+	t.Parallel()
 	p := newPath(t, says(200, "", ""), &store.Access{HTTP: &store.HTTPAccess{Routes: []store.HTTPRoute{
 		{Methods: []string{"GET"}, Paths: []string{"/orders", "/orders/*"}}, {Methods: []string{"POST"}, Paths: []string{"/orders/*/refund"}}}}}, option{})
 	for _, c := range []struct {
@@ -178,6 +184,7 @@ func TestRoutesAllowMethodsOnPathsAndNothingElse(t *testing.T) {
 }
 
 func TestRedirectsStayOnTheTarget(t *testing.T) {
+	t.Parallel()
 	var to string
 	status := 302
 	h := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
@@ -211,7 +218,8 @@ func TestRedirectsStayOnTheTarget(t *testing.T) {
 }
 
 func TestAWayThatARedirectNamesHasNoSecretInItsQuery(t *testing.T) {
-	p := newPath(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, r.URL.String()+"&again=1", 307) }),
+	t.Parallel()
+	p := newPath(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, r.URL.String()+"&again=1", http.StatusTemporaryRedirect) }),
 		&store.Access{Inject: &store.Inject{In: "query", Name: "key", Value: "{{key}}"}}, option{})
 	a := p.get("/x?a=1")
 	if a.status != 307 || a.header.Get("Location") != p.url+"/x?a=1&again=1" || strings.Contains(a.bytes(), url.QueryEscape(apiKey)) {
@@ -220,6 +228,7 @@ func TestAWayThatARedirectNamesHasNoSecretInItsQuery(t *testing.T) {
 }
 
 func TestBodiesStreamBothWaysAtOnce(t *testing.T) {
+	t.Parallel()
 	for name, o := range map[string]option{"HTTP/1.1": {}, "HTTP/2": {tls: true}} {
 		t.Run(name, func(t *testing.T) {
 			p := newPath(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -275,6 +284,7 @@ func TestBodiesStreamBothWaysAtOnce(t *testing.T) {
 }
 
 func TestASessionThatEndsCutsWhatIsUnderWay(t *testing.T) {
+	t.Parallel()
 	gone := make(chan struct{})
 	h := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		_, _ = io.WriteString(w, "begun")
@@ -306,6 +316,7 @@ func TestASessionThatEndsCutsWhatIsUnderWay(t *testing.T) {
 }
 
 func TestATargetThatDoesNotAnswerInTimeIsLeft(t *testing.T) {
+	t.Parallel()
 	p := newPath(t, http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() }),
 		&store.Access{HTTP: &store.HTTPAccess{Routes: open().Routes, Timeout: store.Duration(50 * time.Millisecond)}}, option{})
 	if a := p.get("/x"); a.status != 504 {
@@ -317,6 +328,7 @@ func TestATargetThatDoesNotAnswerInTimeIsLeft(t *testing.T) {
 }
 
 func TestATargetMayTakeLongerToAnswerThanAWriteMay(t *testing.T) {
+	t.Parallel()
 	for _, two := range []bool{false, true} {
 		p := newPath(t, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 			time.Sleep(150 * time.Millisecond)
@@ -334,6 +346,7 @@ func TestATargetMayTakeLongerToAnswerThanAWriteMay(t *testing.T) {
 }
 
 func TestAnAnswerThatFallsSilentIsCut(t *testing.T) {
+	t.Parallel()
 	p := newPath(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		_, _ = io.WriteString(w, "begun")
 		_ = http.NewResponseController(w).Flush()
@@ -348,6 +361,7 @@ func TestAnAnswerThatFallsSilentIsCut(t *testing.T) {
 }
 
 func TestATargetThatIsDownIsSaidToBe(t *testing.T) {
+	t.Parallel()
 	p := newPath(t, says(200, "", ""), &store.Access{}, option{})
 	p.target.Close()
 	if a := p.get("/x"); a.status != 502 || strings.Contains(a.body, "127.0.0.1") {
@@ -359,6 +373,7 @@ func TestATargetThatIsDownIsSaidToBe(t *testing.T) {
 }
 
 func TestWhatComesBackIsMasked(t *testing.T) {
+	t.Parallel()
 	const mail = "ada@example.com"
 	for _, c := range []struct {
 		name, kind, body string
@@ -421,6 +436,7 @@ func TestWhatComesBackIsMasked(t *testing.T) {
 }
 
 func TestCompressedContentIsReadOrWithheld(t *testing.T) {
+	t.Parallel()
 	for coding, want := range map[string]int{"gzip": 200, "br": 502, "gzip, gzip": 502, "deflate": 502} {
 		p := newPath(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			if r.Header.Get("Accept-Encoding") != "identity" {
@@ -441,6 +457,7 @@ func TestCompressedContentIsReadOrWithheld(t *testing.T) {
 }
 
 func TestHeadersAndTrailersAreMasked(t *testing.T) {
+	t.Parallel()
 	p := newPath(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		h := w.Header()
 		h.Set("Trailer", "X-Late")
@@ -473,6 +490,7 @@ func TestHeadersAndTrailersAreMasked(t *testing.T) {
 }
 
 func TestAHeadOfMaskedContentDoesNotSayHowLongItWas(t *testing.T) {
+	t.Parallel()
 	p := newPath(t, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", "application/json")
 		w.Header().Set("Content-Length", "4711")
@@ -483,6 +501,7 @@ func TestAHeadOfMaskedContentDoesNotSayHowLongItWas(t *testing.T) {
 }
 
 func TestPartsOfContentAreNotAskedFor(t *testing.T) {
+	t.Parallel()
 	p := newPath(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		http.ServeContent(w, r, "x.txt", time.Time{}, strings.NewReader("0123456789"))
 	}), &store.Access{}, option{})
@@ -492,6 +511,7 @@ func TestPartsOfContentAreNotAskedFor(t *testing.T) {
 }
 
 func TestContentThatIsTooLargeToMaskIsWithheld(t *testing.T) {
+	t.Parallel()
 	p := newPath(t, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", "application/json")
 		_, _ = io.WriteString(w, `["`)
@@ -513,6 +533,7 @@ func TestContentThatIsTooLargeToMaskIsWithheld(t *testing.T) {
 }
 
 func TestASecretThatATargetShowsBackNeverReachesTheStep(t *testing.T) {
+	t.Parallel()
 	p := newPath(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		key := r.Header.Get("X-Api-Key")
 		for v := range newSecrets([]string{key}).each() {
@@ -559,6 +580,7 @@ func (s *secrets) each() func(func(string) bool) {
 }
 
 func TestAWebSocketPassesWhereTheGrantSaysSo(t *testing.T) {
+	t.Parallel()
 	ws := websocket.Server{Handler: func(c *websocket.Conn) {
 		for {
 			var s string
@@ -606,6 +628,7 @@ func TestAWebSocketPassesWhereTheGrantSaysSo(t *testing.T) {
 }
 
 func TestASecretInPiecesOfAWebSocketMessageIsHidden(t *testing.T) {
+	t.Parallel()
 	var in strings.Builder
 	in.Write(frame(1, false, []byte("it is "+apiKey[:5])))
 	in.Write(frame(9, true, []byte(apiKey))) // a ping in between
@@ -630,13 +653,14 @@ func TestASecretInPiecesOfAWebSocketMessageIsHidden(t *testing.T) {
 }
 
 func TestTheForwardProxyStandsForTheTargetAlone(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	h := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.Header.Get("X-Api-Key") != apiKey {
 			w.WriteHeader(401)
 		}
 		if r.URL.Path == "/v2/away" {
-			http.Redirect(w, r, "https://example.com/v2/home", 302)
+			http.Redirect(w, r, "https://example.com/v2/home", http.StatusFound)
 			return
 		}
 		w.Header().Set("Content-Type", "application/json")
@@ -719,6 +743,7 @@ func TestTheForwardProxyStandsForTheTargetAlone(t *testing.T) {
 }
 
 func TestATunnelAnswersForNoOtherHost(t *testing.T) {
+	t.Parallel()
 	p := newPath(t, says(200, "text/plain", "x"), &store.Access{}, option{tls: true, config: func(c *Config) { c.CADir = t.TempDir() }})
 	proxy, err := url.Parse(strings.Replace(p.url, "http://", "http://any:"+p.token+"@", 1))
 	ok(t, err)
@@ -736,6 +761,7 @@ func TestATunnelAnswersForNoOtherHost(t *testing.T) {
 }
 
 func TestAPlainTargetIsReachedThroughTheForwardProxy(t *testing.T) {
+	t.Parallel()
 	p := newPath(t, says(200, "text/plain", "x"), &store.Access{}, option{config: func(c *Config) { c.CADir = t.TempDir() }})
 	proxy, err := url.Parse(strings.Replace(p.url, "http://", "http://any:"+p.token+"@", 1))
 	ok(t, err)
@@ -754,6 +780,7 @@ func TestAPlainTargetIsReachedThroughTheForwardProxy(t *testing.T) {
 }
 
 func TestATargetMayNotBeWhereTheGatewaysOwnHostIs(t *testing.T) {
+	t.Parallel()
 	for upstream, want := range map[string]int{"http://169.254.169.254": 403, "http://[fe80::1]": 403, "http://[::ffff:169.254.169.254]": 403, "http://[64:ff9b::a9fe:a9fe]": 403, "http://100.100.100.200": 403,
 		"http://0.0.0.0": 403, "http://224.0.0.1": 403, "http://[fd00:ec2::254]": 403} {
 		p := newPath(t, says(200, "", ""), &store.Access{Upstream: upstream}, option{})

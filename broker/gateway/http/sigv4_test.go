@@ -62,6 +62,7 @@ func signature(r *http.Request, host, payload, key string, signed []string, date
 func awsEscape(s string) string { return strings.ReplaceAll(url.QueryEscape(s), "+", "%20") }
 
 func TestTheSignatureThatTestsExpectIsAWSs(t *testing.T) {
+	t.Parallel()
 	// get-vanilla and get-vanilla-query-order-key-case of AWS's test suite.
 	empty := "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
 	for to, want := range map[string]string{
@@ -78,6 +79,7 @@ func TestTheSignatureThatTestsExpectIsAWSs(t *testing.T) {
 }
 
 func TestAnAWSTargetIsShownASignature(t *testing.T) {
+	t.Parallel()
 	now := time.Date(2026, 11, 23, 21, 0, 0, 0, time.UTC)
 	for _, service := range []string{"execute-api", "s3"} {
 		p := newPath(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -116,6 +118,7 @@ func TestAnAWSTargetIsShownASignature(t *testing.T) {
 }
 
 func TestABodyThatIsTooLargeToSignIsRefused(t *testing.T) {
+	t.Parallel()
 	p := newPath(t, says(200, "", ""), &store.Access{Inject: &store.Inject{In: "sigv4", Region: "eu-central-1", Service: "execute-api"}},
 		option{secret: `{"access_key":"AKIDEXAMPLE","secret_key":"` + awsKey + `"}`})
 	a := p.do("PUT", "/x", io.LimitReader(zeros{}, maxSigned+1))
