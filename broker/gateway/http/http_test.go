@@ -219,7 +219,9 @@ func TestRedirectsStayOnTheTarget(t *testing.T) {
 
 func TestAWayThatARedirectNamesHasNoSecretInItsQuery(t *testing.T) {
 	t.Parallel()
-	p := newPath(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, r.URL.String()+"&again=1", http.StatusTemporaryRedirect) }),
+	p := newPath(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		http.Redirect(w, r, r.URL.String()+"&again=1", http.StatusTemporaryRedirect)
+	}),
 		&store.Access{Inject: &store.Inject{In: "query", Name: "key", Value: "{{key}}"}}, option{})
 	a := p.get("/x?a=1")
 	if a.status != 307 || a.header.Get("Location") != p.url+"/x?a=1&again=1" || strings.Contains(a.bytes(), url.QueryEscape(apiKey)) {
