@@ -22,19 +22,33 @@ type Request struct {
 	Grant         store.Grant    `json:"grant"`
 	Rule          store.Rule     `json:"rule"`
 	PolicyReasons []string       `json:"policy_reasons"`
-	Policy        string         `json:"policy"`           // digest of catalogue and policy
-	Subject       string         `json:"subject,omitzero"` // empty where nobody is named
-	SubjectProved bool           `json:"subject_proved"`   // false: the orchestrator claims it
-	Reason        string         `json:"reason,omitzero"`  // the requester's
-	Asked         time.Time      `json:"asked_at"`         //
-	Expires       time.Time      `json:"expires_at"`       // when it stops waiting: for people, or, once approved, to be collected
-	Needs         []Need         `json:"needs"`            //
-	Decisions     []Decided      `json:"decisions"`        //
-	Refused       []Refused      `json:"refused"`          // attempts that did not count
-	Index         int64          `json:"index"`            // of approval.requested
-	LeafHash      string         `json:"leaf_hash"`        // of approval.requested, base64
-	URL           string         `json:"url"`              // of its page
+	Policy        string         `json:"policy"`            // digest of catalogue and policy
+	Subject       string         `json:"subject,omitzero"`  // empty where nobody is named
+	SubjectProved bool           `json:"subject_proved"`    // false: the orchestrator claims it
+	Reason        string         `json:"reason,omitzero"`   // the requester's; the gateway's where OneCall is set
+	OneCall       bool           `json:"one_call,omitzero"` // as store.ApprovalRequestedDetails
+	Asked         time.Time      `json:"asked_at"`          //
+	Expires       time.Time      `json:"expires_at"`        // when it stops waiting: for people, or, once approved, to be collected
+	Needs         []Need         `json:"needs"`             //
+	Decisions     []Decided      `json:"decisions"`         //
+	Refused       []Refused      `json:"refused"`           // attempts that did not count
+	Index         int64          `json:"index"`             // of approval.requested
+	LeafHash      string         `json:"leaf_hash"`         // of approval.requested, base64
+	URL           string         `json:"url"`               // of its page
 	state         *store.Request // what the record says of it; nil where it is forgotten
+}
+
+// GoodFor says how often what would be granted may be used, where the gateway
+// sees to it; else it is empty. An orchestrator may write as a reason whatever it
+// likes, the words of the gateway among it: this tells the two apart.
+func (r *Request) GoodFor() string {
+	switch {
+	case r.OneCall:
+		return "one call: the gateway asks, for the call in the reason and no other"
+	case r.Grant.Access != nil:
+		return "any number of uses until it ends; the reason is in the orchestrator's own words"
+	}
+	return ""
 }
 
 // Need is how many people of a group must approve, and how many did.

@@ -236,7 +236,7 @@ func (v *viewing) entry(h ledger.HistoryEntry) error {
 		}
 		o := &v.out
 		o.ID, o.Request, o.Orchestrator, o.Run, o.Step = d.Approval, e.Request, e.Orchestrator, e.Run, e.Step
-		o.Scope, o.Target, o.Agent, o.Grant, o.Rule = e.Action, e.Resource, e.Agent, d.Grant, d.Rule
+		o.Scope, o.Target, o.Agent, o.Grant, o.Rule, o.OneCall = e.Action, e.Resource, e.Agent, d.Grant, d.Rule, d.OneCall
 		o.Asked, o.Index, o.LeafHash, o.Reason = e.Time.Time, h.Index, store.HashText(store.LeafHash(h.Entry)), reason(e, h)
 		if e.Risk != nil {
 			o.Sensitivity = e.Risk.Sensitivity

@@ -44,7 +44,7 @@ func (b *Broker) ask(ctx context.Context, p *plan) (*Reply, error) {
 	asked := b.submission(store.ApprovalRequested, &req.Entry)
 	asked.SetDetails(store.ApprovalRequestedDetails{
 		Approval: "apr_" + strings.ReplaceAll(store.NewID(), "-", ""),
-		Grant:    p.verdict.Grant, Rule: *p.verdict.Rule, Excluded: b.excluded(p),
+		Grant:    p.verdict.Grant, Rule: *p.verdict.Rule, Excluded: b.excluded(p), OneCall: p.ask.oneCall,
 	})
 	asked.Seal(store.SealedReason, p.ask.Reason)
 	asked.Seal(store.SealedSubject, p.ask.Subject)

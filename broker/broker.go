@@ -126,6 +126,8 @@ type Ask struct {
 	Body      []byte        // canonical JSON of the body (RFC 8785): what "the same request" means
 	Wait      time.Duration // Prefer: wait; zero where none was sent
 	Arrived   time.Time     // when the call came in; now where it is zero
+
+	oneCall bool // a gateway asks, as store.ApprovalRequestedDetails.OneCall
 }
 
 // Reply is what a call for a credential comes to: a credential (Credential

@@ -481,6 +481,8 @@ func (b *Broker) retry(ctx context.Context, p *plan, r *store.Request) (*Reply, 
 		// A crash after Revoke leaves a credential that is dead in Vault and live
 		// on record: another retry, or the keeper when it is due, revokes it
 		// again, which Vault takes as done, and closes it.
+		b.calls.began(t.intent) // so that the keeper does not take it for lost meanwhile
+		defer b.calls.ended(t.intent)
 		if b.Gateway != nil {
 			b.Gateway.End(t.intent)
 		}

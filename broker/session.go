@@ -91,7 +91,7 @@ func (b *Broker) askFor(ctx context.Context, s *gateway.Session, scope, reason s
 		wait = min(wait, time.Until(end)-time.Second) // a second for the mint
 	}
 	ask := Ask{Step: s.Story.Step, Run: s.Story.Run, Scope: scope, Reason: reason, Subject: s.Subject, Proved: s.Proved,
-		Delivery: scopes.Gateway, Wait: max(wait, time.Millisecond)}
+		Delivery: scopes.Gateway, Wait: max(wait, time.Millisecond), oneCall: true}
 	// No caller can send such a body, so that nobody joins what is asked for here
 	// but another such call.
 	var err error

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -273,6 +274,28 @@ func TestARetryUnderAKeyOpensANewSessionAndEndsTheOldOne(t *testing.T) {
 	}
 }
 
+func TestASlowRevocationDoesNotTakeARetrysOldSessionForLost(t *testing.T) {
+	w := newWorld(t)
+	var g *gateway.Gateway
+	n := w.start("broker-1", w.behind(&g))
+	run := run1()
+	first, err := n.Request(t.Context(), demoCaller, through(run, keyed("k1")))
+	ok(t, err)
+	first.Answered()
+	var slow sync.Once
+	n.iss.set(func(i *tracing) {
+		i.revoke = func() error {
+			slow.Do(func() { time.Sleep(150 * time.Millisecond) }) // some ticks of the keeper
+			return nil
+		}
+	})
+	_, err = n.Request(t.Context(), demoCaller, w.now(through(run, keyed("k1"))))
+	ok(t, err)
+	if c := w.last(store.CredentialRevoked).Cause; c == nil || *c != broker.CauseRetry {
+		t.Errorf("cause %v", c)
+	}
+}
+
 func TestAFullGatewayRefusesBeforeAnythingIsOnRecord(t *testing.T) {
 	w := newWorld(t)
 	var g *gateway.Gateway
@@ -336,6 +359,15 @@ func TestACallThroughTheGatewayWaitsForPeopleAndItsCredentialEndsWithIt(t *testi
 	story, _, d := w.asked(waits.Request)
 	if story.Run != run || story.Step != "step-1" || story.Orchestrator != "demo" || story.Subject == nil || len(d.Excluded) != 1 {
 		t.Errorf("people are asked %+v, of whom %v may not decide", story, d.Excluded)
+	}
+	if !d.OneCall {
+		t.Error("people are not told that it is for one call")
+	}
+	// Whoever writes the gateway's words as a reason asks for a session all the same.
+	like, err := n.Request(t.Context(), caller, ask(run, func(a *broker.Ask) { a.Scope, a.Reason = refund, "refund order 7, 12.00 EUR" }))
+	ok(t, err)
+	if _, _, d := w.asked(like.Request); like.Request == waits.Request || d.OneCall {
+		t.Errorf("an orchestrator asks for one call: %+v", d)
 	}
 	// Another call is another request; the same one joins.
 	_, err = s.Ask(soon, refund, "refund order 8, 12.00 EUR")

@@ -260,6 +260,9 @@ type ApprovalRequestedDetails struct {
 	// Excluded are pseudonyms of the requester's own side: the orchestrator's
 	// owners. The subject is excluded by the entry's own Subject.
 	Excluded []string `json:"excluded"`
+	// OneCall says that the gateway asked, for one call of a step's that the reason
+	// tells: what is minted ends with that call. No orchestrator can ask so.
+	OneCall bool `json:"one_call,omitzero"`
 }
 
 // DecidedDetails are the details of approval.decided and of approval.standing,

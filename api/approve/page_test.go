@@ -357,7 +357,7 @@ func TestWhatTheGatewayLetsThroughAndHidesIsSaidInWords(t *testing.T) {
 	for _, want := range []string{
 		"a connection may be upgraded", "UPDATE and DELETE may go without one", "* (every table)", "refund_order, where mcp:demo-refund is granted for the call",
 		"email, in any object or table", "$.customers[*].phone, in JSON", "the column orders.address", "values of the type jsonb", "what looks like an IBAN (iban)",
-		"the first 2049 bytes of each body, masked", "GET, PROPFIND /orders/*", "GET, PROPFIND /customers", "password: {{pass}}", "whose certificate can be verified", p.req.Grant.Access.Digest(),
+		"Good forany number of uses until it ends", "the first 2049 bytes of each body, masked", "GET, PROPFIND /orders/*", "GET, PROPFIND /customers", "password: {{pass}}", "whose certificate can be verified", p.req.Grant.Access.Digest(),
 	} {
 		if !strings.Contains(a.text(), want) {
 			t.Errorf("the page does not say %q", want)
@@ -371,7 +371,11 @@ func TestWhatTheGatewayLetsThroughAndHidesIsSaidInWords(t *testing.T) {
 			t.Errorf("the page says %q: %v", want, !is)
 		}
 	}
-	p.req.Grant.Access = nil
+	p.req.OneCall = true
+	if text := p.get(t, "/approvals/"+p.req.ID).text(); !strings.Contains(text, "Good forone call") || strings.Contains(text, "any number of uses") {
+		t.Error("the page does not say that it is for one call")
+	}
+	p.req.Grant.Access, p.req.OneCall = nil, false
 	if text := p.get(t, "/approvals/"+p.req.ID).text(); strings.Contains(text, "the gateway lets through") {
 		t.Error("a grant without access is shown one")
 	}

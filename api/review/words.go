@@ -112,6 +112,9 @@ func tell(e *store.Entry) *told {
 	case store.ApprovalRequested:
 		d := details[store.ApprovalRequestedDetails](e)
 		t.Title, t.Tone = "People were asked to approve", "accent"
+		if d.OneCall {
+			t.Title += " one call through the gateway"
+		}
 		for _, l := range page.RuleInWords(&d.Rule) {
 			t.fact(l.Name, l.Lines...)
 		}

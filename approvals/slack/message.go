@@ -69,6 +69,9 @@ func fields(r *approvals.Request) []field {
 		list = append(list, pairs("Sent to Vault", g.Data))
 	}
 	list = append(list, one("Kind of credential", g.Engine), one("Handed over", g.Delivery))
+	if good := r.GoodFor(); good != "" {
+		list = append(list, one("Good for", good))
+	}
 	for _, t := range approvals.AccessInWords(g.Access) {
 		list = append(list, field{t.Name, t.Lines})
 	}

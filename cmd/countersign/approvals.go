@@ -194,7 +194,7 @@ func printApproval(w io.Writer, r *approvals.Request) error {
 		{"scope", r.Scope}, {"target", r.Target}, {"sensitivity", r.Sensitivity},
 		{"asked by", r.Orchestrator}, {"run", r.Run}, {"step", r.Step}, {"agent", r.Agent}, {"for", subject}, {"reason", r.Reason},
 		{"engine", g.Engine}, {"vault role", g.Role}, {"vault policies", strings.Join(g.Policies, ", ")}, {"vault path", strings.TrimSpace(g.Method + " " + g.Path)},
-		{"ttl", time.Duration(g.TTL).String()}, {"delivery", g.Delivery}, {"public key", g.PublicKey}, {"audience", g.Audience},
+		{"ttl", time.Duration(g.TTL).String()}, {"delivery", g.Delivery}, {"good for", r.GoodFor()}, {"public key", g.PublicKey}, {"audience", g.Audience},
 		{"revocable", fmt.Sprint(g.Revocable)},
 	}
 	for _, t := range approvals.AccessInWords(g.Access) {
