@@ -2,6 +2,7 @@ package store
 
 import (
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/go-json-experiment/json"
@@ -135,6 +136,37 @@ const MaxOutcomes = 100
 // credential. A use without one was cut short, or its gateway crashed.
 type UseFinishedDetails struct {
 	Outcomes []UseOutcome `json:"outcomes"` // in the order in which they ended; at most MaxOutcomes
+}
+
+// JoinSamples is the text that is sealed as SealedSample of a use.finished with
+// as many outcomes as there are samples, an excerpt of each or "": of one outcome
+// the excerpt itself, of several a JSON array of them, in the order of the
+// outcomes. It is empty where there are no excerpts. They must be UTF-8.
+func JoinSamples(samples []string) string {
+	if len(samples) == 1 {
+		return samples[0]
+	}
+	if !slices.ContainsFunc(samples, func(s string) bool { return s != "" }) {
+		return ""
+	}
+	b, err := json.Marshal(samples)
+	if err != nil {
+		panic(err) // strings of UTF-8 always marshal
+	}
+	return string(b)
+}
+
+// SplitSamples returns the n excerpts that JoinSamples joined, or nil where text
+// is not such.
+func SplitSamples(text string, n int) []string {
+	if n == 1 {
+		return []string{text}
+	}
+	var samples []string
+	if json.Unmarshal([]byte(text), &samples) != nil || len(samples) != n {
+		return nil
+	}
+	return samples
 }
 
 // UseOutcome says what came of one use.

@@ -59,7 +59,7 @@ const (
 	SealedSummary = "summary" // what the orchestrator says came of the step
 
 	SealedStatement = "statement" // what a use asked of the target, in full: SQL and its parameters, an HTTP request's head, a tool's arguments
-	SealedSample    = "sample"    // of use.finished: an excerpt of what came back, masked, where the scope wants one
+	SealedSample    = "sample"    // of use.finished: excerpts of what came back, masked, where the scope wants them, see JoinSamples
 
 	SealedCatalogue = "catalogue" // of policy.loaded: the catalogue's text, whose digest the details name
 	SealedPolicy    = "policy"    // of policy.loaded: the Rego policy's, likewise

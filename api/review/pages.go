@@ -149,7 +149,12 @@ func read(e *ledger.HistoryEntry, whole bool) (*item, error) {
 	}
 	most := math.MaxInt
 	for _, field := range []string{store.SealedStatement, store.SealedSample} {
-		if text := e.Opened[field]; it.Said == "" && text != "" {
+		text := e.Opened[field]
+		if field == store.SealedSample && text != "" {
+			excerpts := store.SplitSamples(text, len(details[store.UseFinishedDetails](x).Outcomes))
+			text = strings.Join(slices.DeleteFunc(excerpts, func(s string) bool { return s == "" }), "\n")
+		}
+		if it.Said == "" && text != "" {
 			it.Said, most = text, maxStatement
 		}
 	}

@@ -176,13 +176,15 @@ func TestAStoryTellsEachUseWithWhatCameOfIt(t *testing.T) {
 	sampled.Seal(store.SealedSample, "1 | [masked]")
 	refused := f.entry(store.AccessRefused, store.Allow, store.RefusedDetails{Method: "postgres", Route: "DELETE orders", Problem: "scope-denied", Remote: "192.0.2.7", Intent: f.intent, Reason: "statements of this kind are not let through", Folded: 2})
 	refused.Seal(store.SealedStatement, "DELETE FROM orders")
-	w.append(broker, sampled, f.entry(store.UseFinished, store.Allow, store.UseFinishedDetails{Outcomes: []store.UseOutcome{
-		{Use: uses[3].ID, Status: "SELECT 1", Took: store.Duration(time.Millisecond)}, {Use: uses[1].ID, Error: "42P01", Took: store.Duration(time.Millisecond)}}}), refused)
+	both := f.entry(store.UseFinished, store.Allow, store.UseFinishedDetails{Outcomes: []store.UseOutcome{
+		{Use: uses[3].ID, Status: "SELECT 1", Took: store.Duration(time.Millisecond)}, {Use: uses[1].ID, Error: "42P01", Took: store.Duration(time.Millisecond)}}})
+	both.Seal(store.SealedSample, store.JoinSamples([]string{`the "x" column`, ""}))
+	w.append(broker, sampled, both, refused)
 	f.revoke("step finished")
 	f.finish("succeeded", "all is read")
 	page := w.page(storyURL(f.run, f.step))
 	has(t, page, "4 uses on record", "1 use failed.", "6 values masked in what came back.", "Guards refused 3 attempts before the target was reached.",
-		"SELECT id FROM orders WHERE note = '<script>'", "What came of it SELECT 3, 3 rows, 6 values masked, 2,048 bytes out, 1.234ms", "What came back, masked 1 | [masked]",
+		"SELECT id FROM orders WHERE note = '<script>'", "What came of it SELECT 3, 3 rows, 6 values masked, 2,048 bytes out, 1.234ms", "What came back, masked 1 | [masked]", `What came back, masked the "x" column`,
 		"What came of it failed: 42P01, 1ms", "What came of it No result of it is told here.", "Masked by the rules "+f.grant.Access.Masking.Digest(), "(goes on: 3507 more characters in the entry)",
 		"A guard refused what the step asked of its target", "DELETE FROM orders", "Guard statements of this kind are not let through", "Masked the column orders.email",
 		"Claimed, and observed differ", "Claimed succeeded at postgres://orders, and the last use failed (42P01), 1 of 3; 3 attempts were refused; what came of 1 use is not on record.")
@@ -190,7 +192,7 @@ func TestAStoryTellsEachUseWithWhatCameOfIt(t *testing.T) {
 		t.Error("results that stand with their uses are told again")
 	}
 	has(t, w.page(credentialURL(f.intent)), "Uses of credentials: 4", "Results put on record: 2", "What came of it SELECT 3, 3 rows", "A guard refused what the step asked of its target")
-	has(t, w.page("/history?type=use.finished"), "What came of 2 uses, 1 of which failed")
+	has(t, w.page("/history?type=use.finished"), "What came of 2 uses, 1 of which failed", ` the "x" column `)
 	has(t, w.page("/history?type=credential.used"), "The credential was used on the access path", "COPY orders TO STDOUT")
 
 	_, body := w.get(auth.Reviewer, "application/json", storyURL(f.run, f.step))

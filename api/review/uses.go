@@ -125,6 +125,7 @@ func results(items []*item) []*item {
 			return false
 		}
 		outcomes := details[store.UseFinishedDetails](it.Entry).Outcomes
+		samples := store.SplitSamples(it.Opened[store.SealedSample], len(outcomes))
 		told := len(outcomes) > 0
 		for i := range outcomes {
 			o := &outcomes[i]
@@ -139,10 +140,10 @@ func results(items []*item) []*item {
 			if o.Error != "" {
 				u.Tone = "danger"
 			}
-			if len(outcomes) == 1 && it.Said != "" {
-				sample := it.Said
-				if it.Cut > 0 {
-					sample += fmt.Sprintf(" … (%d more characters in entry %d)", it.Cut, it.Index)
+			if i < len(samples) && samples[i] != "" {
+				sample, more := page.Begin(samples[i], maxStatement)
+				if more > 0 {
+					sample += fmt.Sprintf(" … (%d more characters in entry %d)", more, it.Index)
 				}
 				u.fact("What came back, masked", sample)
 			}

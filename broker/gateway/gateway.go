@@ -168,6 +168,8 @@ type Session struct {
 	mu       sync.Mutex
 	refusals *refusal.Log       // nil before the first
 	outcomes []store.UseOutcome // not on their way to the record yet
+	samples  []string           // beside outcomes, nil where there are none
+	sampled  int                // bytes of samples at most, as they are submitted
 }
 
 // Open begins a session and returns it with its token, which is not kept. A

@@ -497,6 +497,64 @@ func TestOutcomesFitInAnEntryWhateverATargetSays(t *testing.T) {
 	}
 }
 
+func TestExcerptsOfSeveralUsesShareAnEntry(t *testing.T) {
+	r := newRecorder(t)
+	g := newGateway(t, r)
+	s, _ := open(t, g)
+	want := map[string]string{}
+	for i, sample := range []string{"", "one", "", `say "two"`, strings.Repeat("\"\\\n\x01ü", 1500), "[\"no array\"]", strings.Repeat("x", 20<<10), "bad \xff\x00", "", strings.Repeat("\x02", 30<<10)} {
+		p, err := s.Use(t.Context(), gateway.Use{Use: "GET /"})
+		ok(t, err)
+		p[0].Finish(store.UseOutcome{Status: fmt.Sprint(i)}, sample)
+		want[fmt.Sprint(i)] = sample
+	}
+	many, err := s.Use(t.Context(), slices.Repeat([]gateway.Use{{Use: "GET /"}}, 250)...)
+	ok(t, err)
+	for i, p := range many {
+		p.Finish(store.UseOutcome{Status: fmt.Sprint(100 + i)}, strings.Repeat(`"`, 100))
+		want[fmt.Sprint(100+i)] = strings.Repeat(`"`, 100)
+	}
+	g.Close()
+	if g.Lost() != 0 {
+		t.Fatalf("%d lost", g.Lost())
+	}
+	page, err := r.ledger.History(t.Context(), ledger.Query{Type: string(store.UseFinished), Limit: 1000})
+	ok(t, err)
+	if n := len(page.Entries); n > 12 {
+		t.Errorf("%d entries", n)
+	}
+	seen := 0
+	for _, x := range page.Entries {
+		e, err := store.ParseLeaf(x.Entry)
+		ok(t, err)
+		d, err := store.DetailsAs[store.UseFinishedDetails](e)
+		ok(t, err)
+		samples := store.SplitSamples(x.Opened[store.SealedSample], len(d.Outcomes))
+		for i, o := range d.Outcomes {
+			seen++
+			got := ""
+			if samples != nil {
+				got = samples[i]
+			}
+			switch w := want[o.Status]; {
+			case o.Status == "9": // longer than an entry
+				if !strings.HasPrefix(got, "\x02\x02") || !strings.HasSuffix(got, "… (cut, of 30720 bytes)") {
+					t.Errorf("use 9: %.40q", got)
+				}
+			case o.Status == "7":
+				if got != "bad \ufffd\ufffd" {
+					t.Errorf("use 7: %q", got)
+				}
+			case got != w:
+				t.Errorf("use %s: %.40q, want %.40q", o.Status, got, w)
+			}
+		}
+	}
+	if seen != len(want) {
+		t.Errorf("%d of %d outcomes", seen, len(want))
+	}
+}
+
 func TestRefusalsAreOnRecordAndFloodsAreCountedBySession(t *testing.T) {
 	r := newRecorder(t)
 	g := newGateway(t, r)

@@ -144,9 +144,10 @@ func length(c byte) int {
 	return 1
 }
 
-// Finish says what came of a use, the first time it is called; Use and Took of o are set here. sample
-// is an excerpt of what came back, masked; it is cut where it does not fit in an
-// entry. It goes on record soon, while the session lasts or after it.
+// Finish says what came of a use, the first time it is called; Use and Took of o
+// are set here. sample is an excerpt of what came back, masked; it is cut where
+// it does not fit in an entry. It goes on record soon, several outcomes in one
+// entry, while the session lasts or after it.
 //
 // A crash before it is on record leaves a use without an outcome.
 func (p *Pending) Finish(o store.UseOutcome, sample string) {
@@ -161,9 +162,24 @@ func (p *Pending) Finish(o store.UseOutcome, sample string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if sample != "" {
-		s.flush()
-		s.finished([]store.UseOutcome{o}, sample)
-		return
+		room := store.MaxEntry - s.base - store.MaxOutcomes*maxOutcome
+		n := room + 1
+		if len(sample) <= room {
+			sample = fitting(sample, room)
+			n = lengthenedTwice(sample)
+		}
+		switch {
+		case n > room: // it has an entry to itself, and is cut to it
+			s.flush()
+			s.finished([]store.UseOutcome{o}, sample)
+			return
+		case s.sampled+n > room:
+			s.flush()
+		}
+		for len(s.samples) < len(s.outcomes) {
+			s.samples = append(s.samples, "")
+		}
+		s.samples, s.sampled = append(s.samples, sample), s.sampled+n
 	}
 	s.outcomes = append(s.outcomes, o)
 	switch {
@@ -172,6 +188,27 @@ func (p *Pending) Finish(o store.UseOutcome, sample string) {
 	case len(s.outcomes) == 1:
 		s.g.record.soon(s)
 	}
+}
+
+// maxOutcome is how many bytes an outcome takes at most in its entry: 406, where
+// every member is as long as Finish lets it be, and 5 of an excerpt that is empty.
+const maxOutcome = 411
+
+// lengthenedTwice is how many bytes s has at most as one of several samples: as
+// a JSON string within a JSON string, with its own quotes and comma.
+func lengthenedTwice(s string) int {
+	n := len(`\"\",`)
+	for i := range len(s) {
+		switch c := s[i]; {
+		case c == '"', c == '\\':
+			n += len(`\\\"`)
+		case c < ' ':
+			n += len(`\\u0000`)
+		default:
+			n++
+		}
+	}
+	return n
 }
 
 // plain is s in at most n printable ASCII characters that JSON does not escape.
@@ -192,10 +229,14 @@ func unprintable(r rune) bool { return r < ' ' || r > '~' || r == '"' || r == '\
 
 // flush sends the outcomes of s towards the record. s.mu must be held.
 func (s *Session) flush() {
-	if len(s.outcomes) > 0 {
-		s.finished(s.outcomes, "")
-		s.outcomes = nil
+	if len(s.outcomes) == 0 {
+		return
 	}
+	for s.samples != nil && len(s.samples) < len(s.outcomes) {
+		s.samples = append(s.samples, "")
+	}
+	s.finished(s.outcomes, store.JoinSamples(s.samples))
+	s.outcomes, s.samples, s.sampled = nil, nil, 0
 }
 
 func (s *Session) finished(o []store.UseOutcome, sample string) {
