@@ -7,6 +7,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"log"
 	"os"
 	"os/signal"
 	"runtime/debug"
@@ -27,6 +29,10 @@ func main() {
 
 // run is main without its exit, so that script tests can call it.
 func run() int {
+	// What this program says goes through zap. Libraries do not know what may be
+	// said: net/http quotes what a target sends too much of (Transport, "Unsolicited
+	// response"), a masked value or a secret among it.
+	log.SetOutput(io.Discard)
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
 	err := root().ExecuteContext(ctx)
