@@ -21,6 +21,7 @@ const (
 	claimLife = 30 * time.Second // how long one broker is left to end a credential
 	overdue   = time.Minute      // from then on claims are not looked at: Redis may lie
 	parallel  = 8                // revocations under way at once
+	cutKnown  = time.Minute      // how long brokers are told of a session to be cut: each looks every Tick
 )
 
 // New starts a broker: it reads what is open, follows it, ends credentials
@@ -57,6 +58,9 @@ func New(cfg Config) (*Broker, error) {
 	}
 	b.loops.Go(b.follow)
 	b.loops.Go(b.keep)
+	if cfg.Gateway != nil {
+		b.loops.Go(b.cuts)
+	}
 	return b, nil
 }
 
@@ -477,6 +481,12 @@ func (b *Broker) revokeStep(ctx context.Context, k stepKey, cause string) (Revok
 			continue
 		}
 		work.Go(func() error {
+			if t.issued.Kind == string(issuer.KindGateway) && t.writer != b.Writer {
+				// Its broker need not wait until Vault has done it and it is on record.
+				if err := b.Inflight.Cut(ctx, id+" "+t.intent+" "+cause, b.Now().Add(cutKnown)); err != nil {
+					b.Log.Warn("another broker's session is cut once it is on record", zap.String("request", id), zap.Error(err))
+				}
+			}
 			err := b.end(ctx, id, store.CredentialRevoked, cause)
 			mu.Lock()
 			defer mu.Unlock()

@@ -71,6 +71,35 @@ func (b *Broker) lost(t *tracked, now time.Time) bool {
 		t.issued.Expires.Sub(now) > b.Tick && (b.Gateway == nil || !b.Gateway.Has(t.intent))
 }
 
+// cuts ends the sessions that other brokers were told to end, until the broker
+// stops. What Redis loses the record brings a moment later.
+func (b *Broker) cuts() {
+	tick := time.NewTicker(b.Tick)
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+		case <-b.ctx.Done():
+			return
+		}
+		told, err := b.Inflight.Cuts(b.ctx)
+		if err != nil {
+			continue // who asks for a credential is told
+		}
+		for _, what := range told {
+			id, rest, _ := strings.Cut(what, " ")
+			intent, cause, _ := strings.Cut(rest, " ")
+			if cause != CauseFinished {
+				cause = CauseRequested
+			}
+			if t, ok := b.index.get(id); ok && t.intent == intent {
+				b.index.condemn(id, cause) // or it would be taken for lost
+			}
+			b.Gateway.End(intent)
+		}
+	}
+}
+
 // maxReason is the longest reason in bytes that a gateway may ask with: it has to
 // fit in an entry.
 const maxReason = 16 << 10

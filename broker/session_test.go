@@ -203,6 +203,35 @@ func TestAnotherBrokersRevocationCutsTheSessionWithinASecond(t *testing.T) {
 	}
 }
 
+func TestAnotherBrokersRevocationCutsTheSessionThoughVaultIsDown(t *testing.T) {
+	w := newWorld(t)
+	w.redis = redistest.Start(t)
+	var g *gateway.Gateway
+	one := w.start("broker-1", w.behind(&g))
+	two := w.start("broker-2")
+	r, err := one.Request(t.Context(), demoCaller, through("run-v"))
+	ok(t, err)
+	s, err := g.Session(r.Credential.Token)
+	ok(t, err)
+	for _, n := range []*node{one, two} {
+		n.iss.set(func(i *tracing) { i.revoke = func() error { return issuer.ErrVaultUnavailable } })
+	}
+	out, err := two.RevokeStep(t.Context(), demoCaller, "step-1", "run-v")
+	ok(t, err)
+	if out.Pending != 1 {
+		t.Errorf("%+v", out)
+	}
+	cutWithin(t, s)
+	if _, err := g.Session(r.Credential.Token); !errors.Is(err, gateway.ErrNoSession) {
+		t.Errorf("the token is still taken: %v", err)
+	}
+	one.iss.set(func(i *tracing) { i.revoke = nil }) // its own broker comes first
+	w.until("it is revoked", func() bool { return w.count(store.CredentialRevoked) == 1 })
+	if c := w.last(store.CredentialRevoked).Cause; c == nil || *c != broker.CauseRequested {
+		t.Errorf("cause %v", c)
+	}
+}
+
 func TestWhatABrokerHeldNoSessionForAfterARestartIsRevokedAndMayBeRetried(t *testing.T) {
 	w := newWorld(t)
 	w.redis = redistest.Start(t)

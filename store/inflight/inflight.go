@@ -9,6 +9,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -382,6 +383,34 @@ func (s *Store) Claim(ctx context.Context, name string, life time.Duration) (boo
 		return err
 	})
 	return ok, err
+}
+
+// Cut tells the other brokers which session is to end, until then. The
+// embedded Redis has no other broker to tell.
+func (s *Store) Cut(ctx context.Context, which string, until time.Time) error {
+	if s.mini != nil {
+		return nil
+	}
+	return s.call(ctx, "cut a session", func(ctx context.Context) error {
+		p := s.c.Pipeline()
+		p.ZRemRangeByScore(ctx, s.key("cut"), "-inf", strconv.FormatInt(time.Now().Unix(), 10))
+		p.ZAdd(ctx, s.key("cut"), redis.Z{Score: float64(until.Unix() + 1), Member: which})
+		_, err := p.Exec(ctx)
+		return err
+	})
+}
+
+// Cuts returns what Cut was told and is not over.
+func (s *Store) Cuts(ctx context.Context) ([]string, error) {
+	if s.mini != nil {
+		return nil, nil
+	}
+	var told []string
+	err := s.call(ctx, "read which sessions are cut", func(ctx context.Context) (err error) {
+		told, err = s.c.ZRangeArgs(ctx, redis.ZRangeArgs{Key: s.key("cut"), ByScore: true, Start: strconv.FormatInt(time.Now().Unix(), 10), Stop: "+inf"}).Result()
+		return err
+	})
+	return told, err
 }
 
 // Release gives a claim back before its time.

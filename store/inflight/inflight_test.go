@@ -158,3 +158,14 @@ func TestAnErrorNeverNamesThePasswordOfTheURL(t *testing.T) {
 		t.Fatalf("error: %v", err)
 	}
 }
+
+func TestWhichSessionIsCutIsToldForAWhile(t *testing.T) {
+	s := open(t, redistest.Start(t).URL())
+	check(t, s.Cut(t.Context(), "req_1 intent-1 requested", time.Now().Add(time.Minute)))
+	check(t, s.Cut(t.Context(), "req_2 intent-2 requested", time.Now().Add(-time.Minute)))
+	told, err := s.Cuts(t.Context())
+	check(t, err)
+	if len(told) != 1 || told[0] != "req_1 intent-1 requested" {
+		t.Errorf("%q", told)
+	}
+}
