@@ -14,15 +14,12 @@ import (
 	"github.com/countersign-dev/countersign/store"
 )
 
-// maxReason is how much of a call's arguments people are shown as the reason, in
-// bytes. The approval is for the words that they see: what does not fit is told
-// by its digest.
+// maxReason is how long the arguments of a call that people are asked about may
+// be, in bytes: they approve what they see, and so all of it is shown.
 const maxReason = 12 << 10
 
 // reasonOf is what people are asked to approve.
-func reasonOf(q *asked) string {
-	return "MCP " + q.use + " " + cut(q.statement, maxReason)
-}
+func reasonOf(q *asked) string { return "MCP " + q.use + " " + q.statement }
 
 // ask asks for the scope that k's tool demands, and reports whether k may go on,
 // under the session of what was minted. Meanwhile the step gets comments, so

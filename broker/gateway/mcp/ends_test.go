@@ -3,6 +3,7 @@ package mcp
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"fmt"
 	"io"
 	"net"
@@ -15,6 +16,7 @@ import (
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 
+	"github.com/countersign-dev/countersign/broker/gateway"
 	"github.com/countersign-dev/countersign/store"
 )
 
@@ -112,5 +114,17 @@ func TestARequestToAnotherHostIsNotAnswered(t *testing.T) {
 	ok(t, c.SetReadDeadline(time.Now().Add(5*time.Second)))
 	if line, err := bufio.NewReader(c).ReadString('\n'); err != nil || !strings.Contains(line, " 404 ") {
 		t.Errorf("%q %v", line, err)
+	}
+}
+
+func TestPeopleAreNotAskedAboutArgumentsThatTheyCannotSee(t *testing.T) {
+	p := newPath(t, nil, access())
+	p.core.OnAsk(func(context.Context, *gateway.Session, string, string) (*gateway.Session, error) {
+		t.Error("people were asked")
+		return nil, gateway.ErrDenied
+	})
+	r := p.raw(t).send(t.Context(), `{"jsonrpc":"2.0","id":2,"method":"tools/call","params":{"name":"refund_order","arguments":{"note":"`+strings.Repeat("x", maxReason)+`","cents":100000}}}`)
+	if !strings.Contains(r.body, "longer than people can be asked to approve") || !p.rec.refused("tools/call refund_order") {
+		t.Errorf("%d %s", r.status, r.body)
 	}
 }

@@ -182,6 +182,10 @@ func (x *exchange) call(c *conn, q *asked) {
 			c.forget(k)
 		}
 	}()
+	if q.scope != "" && len(q.statement) > maxReason {
+		x.refuse(http.StatusOK, q.m, q.statement, &refused{codeParams, q.use, "the arguments are longer than people can be asked to approve (12 KiB)"})
+		return
+	}
 	if q.scope != "" && !x.ask(k) {
 		return
 	}
