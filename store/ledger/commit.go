@@ -422,9 +422,10 @@ func (l *Ledger) admit(g *group, p *pending, known map[string]recorded) error {
 
 // write makes p durable and the head. The order, and what a crash leaves:
 //
-//  1. The keys of sealed texts are committed to their own file. A crash here
-//     leaves keys of entries that are not on record: they open nothing, and the
-//     same id appended again replaces its own.
+//  1. The keys of sealed texts are committed to their own file, while the
+//     transaction of the next step is filled. A crash here leaves keys of entries
+//     that are not on record: they open nothing, and the same id appended again
+//     replaces its own.
 //  2. Entries, tree nodes, checkpoint, sealed texts and open requests are
 //     committed in one transaction. A crash before leaves nothing of them; a
 //     crash after leaves them on record unanswered, and the author's retry with
@@ -455,9 +456,17 @@ func (l *Ledger) write(ctx context.Context, p *pending) (_ *head, err error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := l.putKeys(ctx, keys); err != nil {
-		return nil, err
+	kept := make(chan error, 1)
+	if len(keys) == 0 {
+		kept <- nil
+	} else {
+		go func() { kept <- l.putKeys(ctx, keys) }()
 	}
+	defer func() {
+		if kept != nil { // the next batch uses that connection too
+			<-kept
+		}
+	}()
 	if err := w.exec(ctx, l.e.begin()); err != nil {
 		return nil, err
 	}
@@ -489,6 +498,10 @@ func (l *Ledger) write(ctx context.Context, p *pending) (_ *head, err error) {
 		return nil, err
 	}
 	if err := l.e.insert(ctx, w, "checkpoints (size, note)", 2, []any{h.size, h.note}, ""); err != nil {
+		return nil, err
+	}
+	err, kept = <-kept, nil
+	if err != nil {
 		return nil, err
 	}
 	if err := w.exec(ctx, "COMMIT"); err != nil {

@@ -347,8 +347,16 @@ func TestAnEntryThatTheDatabaseRefusesSpoilsNoOther(t *testing.T) {
 	<-commits
 	close(proceed)
 	l := f.opened(opened)
-	deep := used("deep")
-	deep.Details = jsontext.Value(`{"a":` + strings.Repeat("[", 2000) + strings.Repeat("]", 2000) + "}")
+	// The door refuses such an entry by itself: it is put in the queue behind it.
+	deep := &group{ctx: t.Context(), by: broker, lines: make([]line, 1), done: make(chan struct{})}
+	if err := deep.lines[0].parse(wire(t, used("deep"))[0], broker.Name); err != nil {
+		t.Fatal(err)
+	}
+	deep.lines[0].sub.Details = jsontext.Value(`{"a":` + strings.Repeat("[", 2000) + strings.Repeat("]", 2000) + "}")
+	var err error
+	if deep.lines[0].leaf, err = deep.lines[0].sub.Stamp(broker.Name, stampTime); err != nil {
+		t.Fatal(err)
+	}
 	commits, proceed, first = make(chan struct{}), make(chan struct{}), true
 	results := make(chan error, 4)
 	send := func(s *store.Submission) {
@@ -361,7 +369,11 @@ func TestAnEntryThatTheDatabaseRefusesSpoilsNoOther(t *testing.T) {
 	send(used("first"))
 	<-commits // the next ones are one batch
 	send(used("a"))
-	send(deep)
+	go func() {
+		l.queue <- deep
+		<-deep.done
+		results <- deep.err
+	}()
 	send(used("b"))
 	for len(l.queue) < 3 {
 		time.Sleep(time.Millisecond)

@@ -152,7 +152,8 @@ type Ledger struct {
 	done   chan struct{}
 	err    atomic.Pointer[error]
 
-	wr writer // used by the writing goroutine alone
+	wr    writer // used by the writing goroutine alone
+	keyWr writer // likewise, of the keys file: conn and stmts
 
 	erasing erasing
 }
@@ -214,8 +215,12 @@ func Open(ctx context.Context, o Options) (_ *Ledger, err error) {
 	}
 	// secure_delete overwrites what is deleted with zeros, so that an erased key
 	// is not left on a free page.
-	if l.keys, err = openDB(o.KeysFile, 2, "_journal_mode="+journal, "_synchronous=FULL", "_pragma=secure_delete(1)"); err != nil {
+	if l.keys, err = openDB(o.KeysFile, 3, "_journal_mode="+journal, "_synchronous=FULL", "_pragma=secure_delete(1)"); err != nil {
 		return nil, err
+	}
+	l.keyWr.stmts = map[string]*sql.Stmt{}
+	if l.keyWr.conn, err = l.keys.Conn(ctx); err != nil {
+		return nil, fmt.Errorf("opening the keys file %s: %w", o.KeysFile, err)
 	}
 	if err := l.start(ctx); err != nil {
 		return nil, l.e.class(err)
@@ -332,6 +337,12 @@ func (l *Ledger) release() error {
 			errs = append(errs, l.e.release(ctx, l.wr.conn))
 		}
 		errs = append(errs, l.wr.conn.Close())
+	}
+	if l.keyWr.conn != nil {
+		for _, s := range l.keyWr.stmts {
+			errs = append(errs, s.Close())
+		}
+		errs = append(errs, l.keyWr.conn.Close())
 	}
 	for _, db := range []*sql.DB{l.r, l.w, l.keys} {
 		if db != nil {

@@ -76,22 +76,23 @@ const keysSchema = "CREATE TABLE IF NOT EXISTS keys (entry TEXT PRIMARY KEY, key
 
 // putKeys commits the keys of a batch, pairs of entry id and key, to their own
 // file. One key per entry, so that each can be erased on its own.
-func (l *Ledger) putKeys(ctx context.Context, keys []any) error {
-	if len(keys) == 0 {
-		return nil
-	}
-	tx, err := l.keys.BeginTx(ctx, nil)
-	if err != nil {
+func (l *Ledger) putKeys(ctx context.Context, keys []any) (err error) {
+	file, w := sqliteDB{}, &l.keyWr // the keys file is SQLite's, whatever keeps the ledger
+	if err := w.exec(ctx, file.begin()); err != nil {
 		return err
 	}
-	defer tx.Rollback()
-	for i := 0; i < len(keys); i += 2 {
-		// Replaced: the key that a crash before the ledger's own commit left.
-		if _, err := tx.ExecContext(ctx, "INSERT INTO keys VALUES ($1, $2) ON CONFLICT (entry) DO UPDATE SET key = excluded.key", keys[i], keys[i+1]); err != nil {
-			return err
+	defer func() {
+		if err != nil {
+			// SQLite may have rolled back already (disk full): then this fails, as it
+			// should.
+			_, _ = w.conn.ExecContext(ctx, "ROLLBACK")
 		}
+	}()
+	// Replaced: the key that a crash before the ledger's own commit left.
+	if err := file.insert(ctx, w, "keys (entry, key)", 2, keys, " ON CONFLICT (entry) DO UPDATE SET key = excluded.key"); err != nil {
+		return err
 	}
-	return tx.Commit()
+	return w.exec(ctx, "COMMIT")
 }
 
 // openings returns the openings that are not erased of entries, given by index
