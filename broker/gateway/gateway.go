@@ -8,7 +8,6 @@
 package gateway
 
 import (
-	"cmp"
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
@@ -284,22 +283,3 @@ func (s *Session) Ask(ctx context.Context, scope, reason string) (*Session, erro
 
 // OnAsk sets what Session.Ask calls. It must be called before the first Open.
 func (g *Gateway) OnAsk(ask Ask) { g.ask = ask }
-
-// dialWithin bounds one connection to a target.
-const dialWithin = 10 * time.Second
-
-// Dial connects to a target, at the address that Config.Upstreams gives its
-// host and port, or else its host. network is that of net.Dial, and of TCP.
-func (g *Gateway) Dial(ctx context.Context, network, hostport string) (net.Conn, error) {
-	host, _, err := net.SplitHostPort(hostport)
-	if err != nil {
-		return nil, err
-	}
-	if !strings.HasPrefix(network, "tcp") {
-		return nil, net.UnknownNetworkError(network)
-	}
-	if to := cmp.Or(g.Upstreams[strings.ToLower(hostport)], g.Upstreams[strings.ToLower(host)]); to != "" {
-		hostport = to
-	}
-	return g.dialer.DialContext(ctx, network, hostport)
-}

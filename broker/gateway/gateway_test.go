@@ -625,6 +625,19 @@ func TestTargetsAreDialledWhereTheConfigurationSaysTheyAre(t *testing.T) {
 			t.Errorf("%v was dialled", bad)
 		}
 	}
+	_, port, err := net.SplitHostPort(l.Addr().String())
+	ok(t, err)
+	for _, bad := range []string{"169.254.169.254:80", "[fe80::1]:80", "[::ffff:169.254.169.254]:80", "100.100.100.200:80", "[64:ff9b::a9fe:a9fe]:80", "0.0.0.0:" + port} {
+		if c, err := g.Dial(t.Context(), "tcp", bad); !errors.Is(err, gateway.ErrAddress) {
+			if err == nil {
+				c.Close()
+			}
+			t.Errorf("%s: %v", bad, err)
+		}
+		if err := g.Reachable(bad); !errors.Is(err, gateway.ErrAddress) {
+			t.Errorf("%s: %v", bad, err)
+		}
+	}
 }
 
 // TestTenThousandIdleSessions holds what an idle session costs: some kilobytes,

@@ -15,7 +15,6 @@ import (
 	"net"
 	"net/http"
 	"net/http/httputil"
-	"net/netip"
 	"net/url"
 	"slices"
 	"strconv"
@@ -185,8 +184,8 @@ func (x *exchange) judge() *gateway.Refusal {
 		return no("the query would have the target take another method")
 	}
 	x.use = r.Method + " " + pattern
-	if ip, err := netip.ParseAddr(x.v.base.Hostname()); err == nil && !x.g.mapped(x.v.base.Hostname()) && !reachable(ip, x.v.base.Hostname()) {
-		return no(errAddress.Error())
+	if err := x.g.cfg.Gateway.Reachable(x.v.base.Host); err != nil {
+		return no(err.Error())
 	}
 	if up := r.Header.Values("Upgrade"); len(up) > 0 && hasToken(r.Header.Values("Connection"), "upgrade") {
 		websocket := len(up) == 1 && strings.EqualFold(up[0], "websocket")
@@ -404,9 +403,9 @@ func (x *exchange) failed(_ http.ResponseWriter, _ *http.Request, err error) {
 		x.problem(http.StatusBadGateway, "internal", err.Error())
 	case errors.Is(err, errElsewhere):
 		x.problem(http.StatusBadGateway, "internal", err.Error())
-	case errors.Is(err, errAddress):
-		x.g.record(x.r, x.v.sess, gateway.Refusal{Use: x.use, Reason: errAddress.Error()})
-		x.problem(http.StatusBadGateway, "internal", "the target's name leads to "+errAddress.Error())
+	case errors.Is(err, gateway.ErrAddress):
+		x.g.record(x.r, x.v.sess, gateway.Refusal{Use: x.use, Reason: gateway.ErrAddress.Error()})
+		x.problem(http.StatusBadGateway, "internal", "the target's name leads to "+gateway.ErrAddress.Error())
 	case errors.Is(err, errLarge):
 		x.problem(http.StatusRequestEntityTooLarge, "body-too-large", err.Error())
 	default:

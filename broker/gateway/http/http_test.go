@@ -786,7 +786,7 @@ func TestATargetMayNotBeWhereTheGatewaysOwnHostIs(t *testing.T) {
 	for upstream, want := range map[string]int{"http://169.254.169.254": 403, "http://[fe80::1]": 403, "http://[::ffff:169.254.169.254]": 403, "http://[64:ff9b::a9fe:a9fe]": 403, "http://100.100.100.200": 403,
 		"http://0.0.0.0": 403, "http://224.0.0.1": 403, "http://[fd00:ec2::254]": 403} {
 		p := newPath(t, says(200, "", ""), &store.Access{Upstream: upstream}, option{})
-		if a := p.get("/latest/meta-data/"); a.status != want || !p.refused(errAddress.Error()) {
+		if a := p.get("/latest/meta-data/"); a.status != want || !p.refused(gateway.ErrAddress.Error()) {
 			t.Errorf("%s: %+v", upstream, a)
 		}
 	}
@@ -800,7 +800,7 @@ func TestATargetMayNotBeWhereTheGatewaysOwnHostIs(t *testing.T) {
 	// A name that leads to this host.
 	if ips, err := net.DefaultResolver.LookupNetIP(t.Context(), "ip", "localhost.localdomain"); err == nil && len(ips) > 0 && ips[0].IsLoopback() {
 		p := newPath(t, says(200, "", ""), &store.Access{Upstream: "http://localhost.localdomain"}, option{})
-		if a := p.get("/x"); a.status != 502 || !p.refused(errAddress.Error()) {
+		if a := p.get("/x"); a.status != 502 || !p.refused(gateway.ErrAddress.Error()) {
 			t.Errorf("%+v", a)
 		}
 	}

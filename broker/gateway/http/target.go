@@ -4,10 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
-	"fmt"
-	"net"
 	"net/http"
-	"net/netip"
 	"net/url"
 	"strings"
 	"time"
@@ -70,12 +67,12 @@ func (g *Gateway) view(sess *gateway.Session) (*view, error) {
 	return v, nil
 }
 
-// newTransport reaches targets: never through a proxy of the environment, and
-// at no address that newTransport's dial refuses. Connections are shared by the
+// newTransport reaches targets by the gateway's Dial, and never through a proxy
+// of the environment. Connections are shared by the
 // sessions of a target; whom a request is from is said by each request itself.
 func (g *Gateway) newTransport() *http.Transport {
 	return &http.Transport{
-		DialContext:            g.dial,
+		DialContext:            g.cfg.Gateway.Dial,
 		TLSClientConfig:        &tls.Config{RootCAs: g.cfg.Gateway.RootCAs, MinVersion: tls.VersionTLS12},
 		ForceAttemptHTTP2:      true,
 		DisableCompression:     true,
@@ -85,72 +82,4 @@ func (g *Gateway) newTransport() *http.Transport {
 		TLSHandshakeTimeout:    10 * time.Second,
 		WriteBufferSize:        16 << 10,
 	}
-}
-
-// errAddress says that a target's name leads where no target is.
-var errAddress = errors.New("an address that no target may have")
-
-// dial connects to a target, unless its name leads to an address that belongs to
-// the gateway's own host or to what its cloud tells it: a name is resolved here
-// and the address that was judged is dialled, so that no second answer of a name
-// server counts (SSRF, DNS rebinding). Hosts that the configuration maps are
-// dialled as it says.
-func (g *Gateway) dial(ctx context.Context, network, hostport string) (net.Conn, error) {
-	host, port, err := net.SplitHostPort(hostport)
-	if err != nil {
-		return nil, err
-	}
-	if g.mapped(host) {
-		return g.cfg.Gateway.Dial(ctx, network, hostport)
-	}
-	ips, err := net.DefaultResolver.LookupNetIP(ctx, "ip", host)
-	if err != nil {
-		return nil, errors.New("its name cannot be resolved")
-	}
-	for _, ip := range ips {
-		if !reachable(ip, host) {
-			return nil, errAddress
-		}
-	}
-	var conn net.Conn
-	err = errors.New("its name has no address")
-	for _, ip := range ips {
-		if conn, err = g.cfg.Gateway.Dial(ctx, network, net.JoinHostPort(ip.Unmap().String(), port)); err == nil {
-			return conn, nil
-		}
-	}
-	return nil, fmt.Errorf("connect: %w", err)
-}
-
-func (g *Gateway) mapped(host string) bool {
-	return g.cfg.Gateway.Upstreams[strings.ToLower(host)] != ""
-}
-
-// metadata are addresses outside the link-local ranges at which clouds tell a
-// machine its own credentials: AWS over IPv6, Alibaba Cloud, Oracle Cloud.
-var metadata = []netip.Addr{netip.MustParseAddr("fd00:ec2::254"), netip.MustParseAddr("100.100.100.200"), netip.MustParseAddr("192.0.0.192")}
-
-// translated is where IPv4 addresses are reached over IPv6 (RFC 6052, section
-// 2.1).
-var translated = netip.MustParsePrefix("64:ff9b::/96")
-
-// reachable reports whether a target named host may be at ip. A catalogue that
-// means the gateway's own host says so by an address or by localhost: no other
-// name may lead there.
-func reachable(ip netip.Addr, host string) bool {
-	ip = ip.Unmap().WithZone("")
-	if translated.Contains(ip) {
-		b := ip.As16()
-		ip = netip.AddrFrom4([4]byte(b[12:]))
-	}
-	for _, m := range metadata {
-		if ip == m {
-			return false
-		}
-	}
-	if ip.IsLoopback() {
-		_, err := netip.ParseAddr(host)
-		return err == nil || strings.EqualFold(host, "localhost")
-	}
-	return !ip.IsLinkLocalUnicast() && !ip.IsMulticast() && !ip.IsUnspecified() && !(ip.Is4() && ip.As4()[0] == 0)
 }
