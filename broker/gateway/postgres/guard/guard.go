@@ -81,20 +81,20 @@ type Guard struct {
 
 	named map[string]bool // access.Functions, qualified
 
-	mu    sync.Mutex
-	cache map[string]*Verdict
+	mu     sync.Mutex
+	cache  map[string]*Verdict // by text
+	shapes map[string]*Verdict // by shape, see there
 }
 
-// The cache holds what clients send again and again: short texts, without
-// values.
+// The caches hold what clients send again and again: short texts.
 const (
-	cached     = 256  // verdicts
+	cached     = 256  // verdicts in each
 	cachedText = 2048 // bytes of the longest text
 )
 
 // New returns the guard of a on the target that c describes, hiding what m does.
 func New(a *store.PostgresAccess, m *masking.Masker, c *Catalog) *Guard {
-	g := &Guard{access: a, masker: m, catalog: c, masks: map[*relation][]taint{}, near: map[*relation]bool{}, named: map[string]bool{}, cache: map[string]*Verdict{}}
+	g := &Guard{access: a, masker: m, catalog: c, masks: map[*relation][]taint{}, near: map[*relation]bool{}, named: map[string]bool{}, cache: map[string]*Verdict{}, shapes: map[string]*Verdict{}}
 	for _, f := range a.Functions {
 		if !strings.Contains(f, ".") {
 			f = "public." + f
@@ -115,27 +115,39 @@ func (g *Guard) TypeHidden(oid uint32) bool {
 // Check judges a string of statements: all of them pass, or none. It never
 // returns nil.
 func (g *Guard) Check(sql string) *Verdict {
-	if len(sql) <= cachedText {
-		g.mu.Lock()
-		v := g.cache[sql]
-		g.mu.Unlock()
-		if v != nil {
-			return v
-		}
+	if len(sql) > cachedText {
+		return g.check(sql)
 	}
-	v := g.check(sql)
-	if len(sql) <= cachedText {
-		g.mu.Lock()
-		defer g.mu.Unlock()
-		if len(g.cache) >= cached {
-			for k := range g.cache { // any one
-				delete(g.cache, k)
-				break
-			}
-		}
-		g.cache[strings.Clone(sql)] = v
+	form := shape(make([]byte, 0, 256), sql)
+	g.mu.Lock()
+	v := g.cache[sql]
+	if v == nil && form != nil {
+		v = g.shapes[string(form)]
+	}
+	g.mu.Unlock()
+	if v != nil {
+		return v
+	}
+	v = g.check(sql)
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if form != nil && v.shaped() {
+		keep(g.shapes, string(form), v)
+	} else {
+		keep(g.cache, strings.Clone(sql), v)
 	}
 	return v
+}
+
+// keep puts v in cache, in the place of any other where it is full.
+func keep(cache map[string]*Verdict, key string, v *Verdict) {
+	if len(cache) >= cached {
+		for k := range cache {
+			delete(cache, k)
+			break
+		}
+	}
+	cache[key] = v
 }
 
 func (g *Guard) check(sql string) *Verdict {
