@@ -76,6 +76,7 @@ type portal struct {
 	formats []int16
 	values  string // of the parameters, as they are recorded
 	cursor  bool
+	means   *statement // what the name in an EXECUTE or a FETCH meant when it was bound
 }
 
 // change is undone where the target did not do its item.
@@ -327,6 +328,20 @@ func (c *conn) resolve(it *item, st *statement) (code, reason string) {
 	return "", ""
 }
 
+// meaning is what the name in an EXECUTE or a FETCH stands for now, nil where
+// that is nothing, or st is neither.
+func (c *conn) meaning(st *statement) *statement {
+	switch {
+	case st.v.Execute != "":
+		return c.prepared[st.v.Execute]
+	case st.v.Fetch != "":
+		if p := c.portals[st.v.Fetch]; p != nil {
+			return p.st
+		}
+	}
+	return nil
+}
+
 // effects changes the names as st will.
 func (c *conn) effects(it *item, st *statement) {
 	v := &st.v
@@ -432,7 +447,7 @@ func (c *conn) bind(body []byte) error {
 	}
 	it := &item{kind: binding, extended: true, st: st, tainted: st.v.Tainted}
 	c.forward('B', body, it)
-	set(c, it, c.portals, msg.DestinationPortal, &portal{st: st, formats: msg.ResultFormatCodes, values: values})
+	set(c, it, c.portals, msg.DestinationPortal, &portal{st: st, formats: msg.ResultFormatCodes, values: values, means: c.meaning(st)})
 	return nil
 }
 
@@ -466,6 +481,15 @@ func (c *conn) execute(body []byte) error {
 	it := &item{kind: executing, extended: true, st: p.st, formats: p.formats}
 	if code, reason := c.resolve(it, p.st); code != "" {
 		return c.refuse(p.st.v.Use, p.st.sql+p.values, code, reason, false)
+	}
+	if c.meaning(p.st) != p.means {
+		// The target may have begun with the other, and go on with its rows.
+		return c.refuse(p.st.v.Use, p.st.sql+p.values, "55000", "the name means another statement since it was bound", false)
+	}
+	if p.means != nil {
+		// The types are those of what the name meant at Bind, which may be others than
+		// when this was prepared.
+		c.forward('D', append(append([]byte{'P'}, name...), 0), &item{kind: describing, extended: true, silent: true, st: p.st, tainted: it.tainted})
 	}
 	if text := p.st.sql + p.values; len(text) <= gateway.MaxStatement {
 		c.use(it, text)
