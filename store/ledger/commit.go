@@ -452,10 +452,6 @@ func (l *Ledger) write(ctx context.Context, p *pending) (_ *head, err error) {
 			keys = append(keys, ln.sub.ID, ln.key)
 		}
 	}
-	h, err := sign(l.o.Signer, &front)
-	if err != nil {
-		return nil, err
-	}
 	kept := make(chan error, 1)
 	if len(keys) == 0 {
 		kept <- nil
@@ -495,6 +491,11 @@ func (l *Ledger) write(ctx context.Context, p *pending) (_ *head, err error) {
 		}
 	}
 	if err := l.e.insert(ctx, w, "open_requests (request, state)", 2, open, " ON CONFLICT (request) DO UPDATE SET state = excluded.state"); err != nil {
+		return nil, err
+	}
+	// As late as this, since the keys are on their way to the disk meanwhile.
+	h, err := sign(l.o.Signer, &front)
+	if err != nil {
 		return nil, err
 	}
 	if err := l.e.insert(ctx, w, "checkpoints (size, note)", 2, []any{h.size, h.note}, ""); err != nil {
