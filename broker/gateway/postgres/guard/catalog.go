@@ -48,6 +48,7 @@ type dataType struct {
 	schema, name   string
 	kind           byte // pg_type.typtype
 	elem, base, of string
+	span           string // OID of what a range is over, and of the range of a multirange
 }
 
 // function is all functions of one name in one schema.
@@ -111,6 +112,14 @@ func LoadCatalog(ctx context.Context, q Querier) (*Catalog, error) {
 				c.typeNames[t.schema] = map[string]*dataType{}
 			}
 			c.typeNames[t.schema][t.name] = t
+		})
+	// rngmultitypid is there from PostgreSQL 14 on: to_jsonb asks for no name.
+	each(2, `SELECT rngtypid::pg_catalog.text, rngsubtype::pg_catalog.text FROM pg_catalog.pg_range
+		UNION ALL SELECT pg_catalog.to_jsonb(r) ->> 'rngmultitypid', rngtypid::pg_catalog.text FROM pg_catalog.pg_range r`,
+		func(v []string) {
+			if t := c.types[v[0]]; t != nil {
+				t.span = v[1]
+			}
 		})
 	each(7, `SELECT c.oid, n.nspname, c.relname, c.relkind, COALESCE(a.attname, ''), COALESCE(a.atttypid, 0), CASE WHEN a.attgenerated <> '' THEN pg_catalog.pg_get_expr(d.adbin, d.adrelid) ELSE '' END
 		FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace

@@ -234,7 +234,7 @@ func (g *Guard) typeTaintIn(t *dataType, depth int) taint {
 	if t.name == "hstore" && g.masker.Members() {
 		return hidden
 	}
-	for _, oid := range []string{t.base, t.elem} {
+	for _, oid := range []string{t.base, t.elem, t.span} {
 		if in := g.catalog.types[oid]; in != nil {
 			// Only a document by itself is known as one on the way out.
 			out = max(out, g.typeTaintIn(in, depth+1).used())

@@ -48,6 +48,9 @@ CREATE FUNCTION wipes(a int, b int) RETURNS bool LANGUAGE sql AS 'DELETE FROM va
 CREATE OPERATOR === (LEFTARG = int, RIGHTARG = int, FUNCTION = wipes);
 CREATE VIEW hidden_read AS SELECT id, reads(id) AS r FROM customers;
 CREATE SEQUENCE counter;
+CREATE TYPE secret_span AS RANGE (SUBTYPE = secret_text, COLLATION = "C", MULTIRANGE_TYPE_NAME = secret_spans);
+CREATE DOMAIN own_span AS secret_span;
+CREATE TABLE spans (id int, one secret_span, many secret_spans, list secret_span[], own own_span);
 INSERT INTO vault VALUES (1, 'unreached');
 INSERT INTO notes VALUES (1, 'first', 'public'), (2, 'second', 'public too');
 `
@@ -110,6 +113,7 @@ func connect(t testing.TB) (conn *pgconn.PgConn, canaries []string) {
 		sql += fmt.Sprintf("INSERT INTO orders VALUES (%d, %d, '%s@%s', %d.5, 'note %d', '{\"plan\": \"p%d\", \"ssn\": \"%s\", \"list\": [%d]}', '{a,b%d}');\n", i, i, mail, host, i, i, i, ssn, i, i)
 		sql += fmt.Sprintf("INSERT INTO events VALUES (%d, '%s', 'a'); INSERT INTO parent VALUES (%d, '%s'); INSERT INTO child VALUES (%d, '%s', 'x'); INSERT INTO sales.deals VALUES (%d, '%s');\n",
 			i, mail, i, mail, i, mail, i, mail)
+		sql += fmt.Sprintf("INSERT INTO spans VALUES (%d, '[%s,%s]', '{[%s,%s]}', '{\"[%s,%s]\"}', '[%s,%s]');\n", i, token, token, token, token, token, token, token, token)
 	}
 	if err := conn.Exec(ctx, sql).Close(); err != nil {
 		t.Fatal(err)
