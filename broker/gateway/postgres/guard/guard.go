@@ -29,6 +29,7 @@ const (
 	large        = 16 << 10  // bytes of what is parsed one at a time
 	maxStrings   = 100       // statements in one string
 	maxSteps     = 500_000   // nodes looked at for one string
+	maxName      = 63        // bytes of an identifier (NAMEDATALEN - 1)
 )
 
 // SQLSTATEs of refusals.
@@ -193,7 +194,7 @@ func parse(sql string) ([]*pgquery.Node, *refusal) {
 		big.Lock()
 		defer big.Unlock()
 	}
-	if len(sql) > unscanned {
+	if len(sql) > unscanned || longWord(sql) {
 		if r := scan(sql); r != nil {
 			return nil, r
 		}
@@ -216,9 +217,32 @@ func parse(sql string) ([]*pgquery.Node, *refusal) {
 	return out, nil
 }
 
+// longWord reports whether sql may hold an identifier of more than maxName
+// bytes. It tells without a lexer, and takes all that has quotes to hold one.
+func longWord(sql string) bool {
+	if len(sql) <= maxName {
+		return false
+	}
+	for i, since := 0, 0; i < len(sql); i++ {
+		switch c := sql[i]; {
+		case c == '"':
+			return true
+		case word(c), c == '$', c >= utf8.RuneSelf:
+			if since++; since > maxName {
+				return true
+			}
+		default:
+			since = 0
+		}
+	}
+	return false
+}
+
 // scan bounds how deep the tree of sql can be: no deeper than there are tokens
 // in its list items and those around them. A comma begins another item, on the
-// same level.
+// same level. It refuses identifiers that PostgreSQL would clip: the parser need
+// not clip them at the same character. As they stand there they are no shorter
+// than what they mean.
 func scan(sql string) *refusal {
 	r, err := pgquery.Scan(sql)
 	if err != nil {
@@ -227,6 +251,16 @@ func scan(sql string) *refusal {
 	path, since := 0, []int{0}
 	for _, t := range r.Tokens {
 		switch t.Token {
+		case pgquery.Token_IDENT, pgquery.Token_UIDENT:
+			name := sql[t.Start:t.End]
+			if _, quoted, ok := strings.Cut(name, `"`); ok {
+				name = strings.TrimSuffix(quoted, `"`)
+			}
+			if len(name) > maxName {
+				return &refusal{"42622", fmt.Sprintf("an identifier of more than %d bytes", maxName)}
+			}
+			path++
+			since[len(since)-1]++
 		case pgquery.Token_SQL_COMMENT, pgquery.Token_C_COMMENT:
 			continue
 		case pgquery.Token_ASCII_40, pgquery.Token_ASCII_91: // ( [

@@ -164,6 +164,29 @@ func TestWhatIsTooLongTooManyOrNotTextIsRefused(t *testing.T) {
 	}
 }
 
+func TestAStatementWithANameThatPostgreSQLWouldClipIsRefused(t *testing.T) {
+	g := New(&store.PostgresAccess{Statements: []string{"select"}}, nil, &Catalog{path: []string{"pg_catalog"}})
+	for _, name := range []string{
+		strings.Repeat("a", 64), strings.Repeat("u", 64), strings.Repeat("ä", 32), "a" + strings.Repeat("ä", 32), strings.Repeat("a", 32) + "$" + strings.Repeat("1", 31),
+		`"` + strings.Repeat("a", 64) + `"`, `"` + strings.Repeat("a ", 32) + `"`, `"` + strings.Repeat("ä", 32) + `"`, `"` + strings.Repeat(`a""`, 32) + `"`,
+		`U&"` + strings.Repeat(`\00e4`, 32) + `"`, `u&"` + strings.Repeat(`!4e2d`, 22) + `" UESCAPE '!'`, `"` + strings.Repeat("中", 21) + `	"`,
+	} {
+		for _, sql := range []string{"SELECT 1 AS " + name, "SELECT " + name + "()", "SELECT 1 FROM x AS " + name, "/* " + strings.Repeat("x", unscanned) + " */ SELECT 1 AS " + name} {
+			if v := g.Check(sql); v.SQLState != "42622" {
+				t.Errorf("%s: %q (%s)", sql, v.Refused, v.SQLState)
+			}
+		}
+	}
+	for _, sql := range []string{
+		"SELECT 1 AS " + strings.Repeat("a", 63), `SELECT 1 AS "` + strings.Repeat("ä", 31) + `b"`, `SELECT 1 AS U&"` + strings.Repeat("a", 63) + `"`, "SELECT 1 AS u" + strings.Repeat("ä", 31),
+		"SELECT '" + strings.Repeat("a", 64) + `', '"` + strings.Repeat("a", 64) + `"', $$"` + strings.Repeat("a", 64) + `"$$ /* "` + strings.Repeat("a", 64) + `" */ -- "` + strings.Repeat("a", 64) + `"`,
+	} {
+		if v := g.Check(sql); v.Refused != "" {
+			t.Errorf("%s is refused: %s", sql, v.Refused)
+		}
+	}
+}
+
 func TestARefusalHoldsNoValueOfTheStatement(t *testing.T) {
 	conn, _ := connect(t)
 	g := New(&store.PostgresAccess{Statements: []string{"select"}, Tables: []string{"*"}}, newMasker(t), loadCatalog(t, conn))
