@@ -96,10 +96,14 @@ func LoadCatalog(ctx context.Context, q Querier) (*Catalog, error) {
 		}
 	}
 	settings := map[string]string{}
-	each(2, `SELECT n, pg_catalog.current_setting(n) FROM (VALUES ('standard_conforming_strings'), ('client_encoding'), ('backslash_quote')) AS s(n)`,
+	each(2, `SELECT n, pg_catalog.current_setting(n) FROM (VALUES ('standard_conforming_strings'), ('client_encoding'), ('server_encoding')) AS s(n)`,
 		func(v []string) { settings[v[0]] = v[1] })
 	if failed == nil && (settings["standard_conforming_strings"] != "on" || settings["client_encoding"] != "UTF8") {
 		return nil, errors.New("the target must have standard_conforming_strings on and client_encoding UTF8")
+	}
+	// Elsewhere PostgreSQL may fold letters beyond ASCII in names, as the parser does not.
+	if e := settings["server_encoding"]; failed == nil && e != "UTF8" {
+		return nil, fmt.Errorf("the target's database must have the encoding UTF8, and has %q", e)
 	}
 	each(1, `SELECT s FROM pg_catalog.unnest(pg_catalog.current_schemas(true)) WITH ORDINALITY AS p(s, n) ORDER BY n`,
 		func(v []string) { c.path = append(c.path, v[0]) })

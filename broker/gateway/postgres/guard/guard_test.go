@@ -187,6 +187,25 @@ func TestAStatementWithANameThatPostgreSQLWouldClipIsRefused(t *testing.T) {
 	}
 }
 
+func TestADatabaseInAnotherEncodingThanUTF8IsRefused(t *testing.T) {
+	conn, _ := connect(t)
+	for _, encoding := range []string{"LATIN1", "SQL_ASCII"} {
+		name := "in_" + strings.ToLower(encoding)
+		if err := conn.Exec(t.Context(), "CREATE DATABASE "+name+" ENCODING '"+encoding+"' LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0").Close(); err != nil {
+			t.Fatal(err)
+		}
+		other, err := pgconn.Connect(t.Context(), strings.Replace(server.DSN, "/postgres?", "/"+name+"?", 1)+"&search_path=public&client_encoding=UTF8")
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, err = LoadCatalog(t.Context(), querier{other})
+		_ = other.Close(context.Background())
+		if err == nil || !strings.Contains(err.Error(), encoding) {
+			t.Errorf("%s: %v", encoding, err)
+		}
+	}
+}
+
 func TestARefusalHoldsNoValueOfTheStatement(t *testing.T) {
 	conn, _ := connect(t)
 	g := New(&store.PostgresAccess{Statements: []string{"select"}, Tables: []string{"*"}}, newMasker(t), loadCatalog(t, conn))
