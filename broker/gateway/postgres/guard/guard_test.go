@@ -24,7 +24,7 @@ var scopes = map[string]struct {
 }{
 	"read":   {store.PostgresAccess{Statements: []string{"select"}, Tables: []string{"*"}}, true, true},
 	"plain":  {store.PostgresAccess{Statements: []string{"select"}, Tables: []string{"*"}}, false, true},
-	"write":  {store.PostgresAccess{Statements: []string{"select", "insert", "update", "delete"}, Tables: []string{"orders", "notes", "public.customers"}}, true, false},
+	"write":  {store.PostgresAccess{Statements: []string{"select", "insert", "update", "delete"}, Tables: []string{"orders", "notes", "public.customers", "sales.orders"}}, true, false},
 	"insert": {store.PostgresAccess{Statements: []string{"insert"}, Tables: []string{"notes"}}, true, false},
 	"copy":   {store.PostgresAccess{Statements: []string{"select", "insert", "copy"}, Tables: []string{"*"}}, true, false},
 	"all":    {store.PostgresAccess{Statements: []string{"select", "insert", "update", "delete", "copy"}, Tables: []string{"*"}, Everywhere: true}, false, false},

@@ -36,6 +36,7 @@ CREATE TABLE ruled (id int);
 CREATE RULE r AS ON INSERT TO ruled DO ALSO DELETE FROM vault;
 CREATE SCHEMA sales;
 CREATE TABLE sales.deals (id int, email text);
+CREATE TABLE sales.orders (id int);
 CREATE VIEW order_mails AS SELECT id, lower(email) AS mail, note FROM orders;
 CREATE VIEW order_rows AS SELECT id, to_jsonb(o) AS doc FROM orders o;
 CREATE VIEW order_view_view AS SELECT mail AS m, id FROM order_mails;

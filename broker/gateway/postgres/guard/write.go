@@ -218,7 +218,7 @@ func (a *analysis) narrowed(kind string, where *pgquery.Node, to *source) {
 	if a.g.access.Everywhere || a.trusted || narrows(where, to) {
 		return
 	}
-	a.refuse(stateForbidden, kind+" without a WHERE that names a column of its table is not let through")
+	a.refuse(stateForbidden, kind+" without a WHERE that names a column of its table (in a sub-select: with the table's name before it) is not let through")
 }
 
 // narrows reports whether a condition can tell rows of to apart: whether it
@@ -250,7 +250,7 @@ func narrows(n *pgquery.Node, to *source) bool {
 			return false
 		}
 	}
-	return names(n, to)
+	return names(n, to, false)
 }
 
 // same reports whether two expressions are the same but for where they stand.
@@ -260,36 +260,77 @@ func same(x, y *pgquery.Node) bool {
 	}
 	x, y = proto.Clone(x).(*pgquery.Node), proto.Clone(y).(*pgquery.Node)
 	for _, n := range []*pgquery.Node{x, y} {
-		each(n.ProtoReflect(), func(m protoreflect.Message) {
+		each(n.ProtoReflect(), func(m protoreflect.Message) bool {
 			if f := m.Descriptor().Fields().ByName("location"); f != nil {
 				m.Clear(f)
 			}
+			return true
 		})
 	}
 	return proto.Equal(x, y)
 }
 
-// names reports whether a column of to stands anywhere in n.
-func names(n *pgquery.Node, to *source) (found bool) {
-	each(n.ProtoReflect(), func(m protoreflect.Message) {
-		ref, ok := m.Interface().(*pgquery.ColumnRef)
-		if !ok || len(ref.Fields) == 0 {
-			return
+// names reports whether a column of to stands in n, with the table before it
+// where it has to be qualified. Within a sub-select it has to be, since a bare
+// name may be that of a column there, and nothing there may bear the table's name.
+func names(n *pgquery.Node, to *source, qualified bool) (found bool) {
+	each(n.ProtoReflect(), func(m protoreflect.Message) bool {
+		switch e := m.Interface().(type) {
+		case *pgquery.SubLink:
+			if qualified {
+				return true
+			}
+			found = found || names(e.Testexpr, to, false) || !bears(e.Subselect, to.alias) && names(e.Subselect, to, true)
+			return false
+		case *pgquery.ColumnRef:
+			found = found || columnOf(e, to, qualified)
 		}
-		name := ref.Fields[len(ref.Fields)-1].GetString_().GetSval()
-		if _, table := qualifiedName(ref.Fields[:len(ref.Fields)-1]); table != "" && table != to.alias {
-			return
-		}
-		if _, ok := to.column(name); ok {
-			found = true
-		}
+		return true
 	})
 	return found
 }
 
-// each calls f with m and every message below it.
-func each(m protoreflect.Message, f func(protoreflect.Message)) {
-	f(m)
+// columnOf reports whether ref names a column of to.
+func columnOf(ref *pgquery.ColumnRef, to *source, qualified bool) bool {
+	if len(ref.Fields) == 0 {
+		return false
+	}
+	schema, table := qualifiedName(ref.Fields[:len(ref.Fields)-1])
+	if table == "" && qualified || table != "" && table != to.alias || schema != "" && schema != to.schema {
+		return false
+	}
+	_, ok := to.column(ref.Fields[len(ref.Fields)-1].GetString_().GetSval())
+	return ok
+}
+
+// bears reports whether an entry of a FROM within n may have that name.
+func bears(n *pgquery.Node, name string) (found bool) {
+	each(n.ProtoReflect(), func(m protoreflect.Message) bool {
+		switch e := m.Interface().(type) {
+		case *pgquery.RangeVar:
+			found = found || e.Alias == nil && e.Relname == name
+		case *pgquery.Alias:
+			found = found || e.Aliasname == name
+		case *pgquery.RangeFunction:
+			each(m, func(m protoreflect.Message) bool {
+				if call, ok := m.Interface().(*pgquery.FuncCall); ok {
+					_, f := qualifiedName(call.Funcname)
+					found = found || f == name
+				}
+				return true
+			})
+		}
+		return true
+	})
+	return found
+}
+
+// each calls f with m and every message below it, but for those below one for
+// which f returns false.
+func each(m protoreflect.Message, f func(protoreflect.Message) bool) {
+	if !f(m) {
+		return
+	}
 	m.Range(func(d protoreflect.FieldDescriptor, v protoreflect.Value) bool {
 		switch {
 		case d.Message() == nil:
