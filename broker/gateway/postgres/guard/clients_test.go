@@ -23,7 +23,7 @@ func TestWhatPsqlAsksToDescribeTablesIsLetThrough(t *testing.T) {
 	}
 	dsn.Path = "/" + rows[0][0]
 	args := []string{"-X", "-E", "-d", dsn.String()}
-	for _, c := range []string{`\d`, `\d orders`, `\d+ orders`, `\d events`, `\d+ order_mails`, `\d child`, `\d counter`, `\dt`, `\dt+`, `\dv`, `\di`, `\ds`, `\dn`, `\du`, `\df`, `\dT`, `\l`, `\dp`, `\dd`, `\dD`, `\do`, `\dx`} {
+	for _, c := range []string{`\d`, `\d orders`, `\d+ orders`, `\d events`, `\d+ events`, `\d+ events_a`, `\d+ order_mails`, `\d child`, `\d counter`, `\dt`, `\dt+`, `\dv`, `\di`, `\ds`, `\dn`, `\du`, `\df`, `\dT`, `\l`, `\dp`, `\dd`, `\dD`, `\do`, `\dx`} {
 		args = append(args, "-c", c)
 	}
 	out, err := server.Command("psql", args...).CombinedOutput()

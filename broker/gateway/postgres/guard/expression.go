@@ -193,6 +193,9 @@ func (a *analysis) call(sc *scope, f *pgquery.FuncCall) taint {
 		}
 		a.refuse(stateForbidden, "this setting may not be shown")
 		return hidden
+	case name == "pg_get_partition_constraintdef" && a.g.active:
+		a.near = true // as relpartbound, see mask
+		return hidden
 	case pureFunctions[name]:
 		return t
 	case a.g.named["pg_catalog."+name]:
@@ -275,6 +278,15 @@ func (g *Guard) mask() {
 	}
 	if !g.active {
 		return
+	}
+	// The bounds of partitions quote values of the columns that they go by.
+	if r := g.catalog.relation("pg_catalog", "pg_class"); r != nil {
+		g.masks[r] = make([]taint, len(r.columns))
+		for i, c := range r.columns {
+			if c.name == "relpartbound" {
+				g.masks[r][i] = hidden
+			}
+		}
 	}
 	defs := map[*relation]*pgquery.Node{}
 	for _, r := range relations {

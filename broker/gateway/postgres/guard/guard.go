@@ -394,7 +394,9 @@ func (a *analysis) prepared(n *pgquery.Node) {
 func (a *analysis) execute(s *pgquery.ExecuteStmt) {
 	sc := &scope{}
 	for _, p := range s.Params {
-		a.expr(sc, p)
+		if a.expr(sc, p) != clean {
+			a.refuse(stateForbidden, "a masked value as a parameter of EXECUTE is not let through")
+		}
 	}
 }
 

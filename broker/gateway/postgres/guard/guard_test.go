@@ -251,6 +251,8 @@ func TestWhatComesNearSomethingMaskedIsTainted(t *testing.T) {
 		"SELECT id FROM orders": true, "SELECT id FROM order_mails": true, "SELECT id FROM parent": true, "SELECT 1": false, "SELECT note FROM notes": false,
 		"UPDATE notes SET note = 'x'": true, "SELECT 1 FROM notes WHERE id IN (SELECT id FROM orders)": true, "EXPLAIN SELECT 1 FROM orders": true,
 		"COPY notes FROM STDIN": true, "BEGIN": false,
+		"SELECT relname FROM pg_class": false, "SELECT relpartbound::text::int FROM pg_class": true, "SELECT b::text::int FROM (SELECT * FROM pg_class) s(b)": true,
+		"SELECT pg_get_partition_constraintdef(oid)::int FROM pg_class": true, "SELECT c::text::int FROM pg_class c": true,
 	} {
 		if v := g.Check(sql); v.Refused != "" || v.Statements[0].Tainted != want {
 			t.Errorf("%s: tainted %v (%s)", sql, v.Statements[0].Tainted, v.Refused)

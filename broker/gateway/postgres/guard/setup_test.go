@@ -34,6 +34,7 @@ CREATE TABLE parent (id int, mail text);
 CREATE TABLE child (extra text) INHERITS (parent);
 CREATE TABLE ruled (id int);
 CREATE RULE r AS ON INSERT TO ruled DO ALSO DELETE FROM vault;
+CREATE TABLE letters (id int, email text) PARTITION BY LIST (email);
 CREATE SCHEMA sales;
 CREATE TABLE sales.deals (id int, email text);
 CREATE TABLE sales.orders (id int);
@@ -48,6 +49,7 @@ CREATE FUNCTION public.initcap(i int) RETURNS int LANGUAGE sql AS 'DELETE FROM v
 CREATE FUNCTION wipes(a int, b int) RETURNS bool LANGUAGE sql AS 'DELETE FROM vault; SELECT true';
 CREATE OPERATOR === (LEFTARG = int, RIGHTARG = int, FUNCTION = wipes);
 CREATE VIEW hidden_read AS SELECT id, reads(id) AS r FROM customers;
+CREATE VIEW bounds AS SELECT relname, pg_get_expr(relpartbound, oid) AS bound, pg_get_partition_constraintdef(oid) AS def FROM pg_class;
 CREATE SEQUENCE counter;
 CREATE TYPE secret_span AS RANGE (SUBTYPE = secret_text, COLLATION = "C", MULTIRANGE_TYPE_NAME = secret_spans);
 CREATE DOMAIN own_span AS secret_span;
@@ -114,6 +116,7 @@ func connect(t testing.TB) (conn *pgconn.PgConn, canaries []string) {
 		sql += fmt.Sprintf("INSERT INTO orders VALUES (%d, %d, '%s@%s', %d.5, 'note %d', '{\"plan\": \"p%d\", \"ssn\": \"%s\", \"list\": [%d]}', '{a,b%d}');\n", i, i, mail, host, i, i, i, ssn, i, i)
 		sql += fmt.Sprintf("INSERT INTO events VALUES (%d, '%s', 'a'); INSERT INTO parent VALUES (%d, '%s'); INSERT INTO child VALUES (%d, '%s', 'x'); INSERT INTO sales.deals VALUES (%d, '%s');\n",
 			i, mail, i, mail, i, mail, i, mail)
+		sql += fmt.Sprintf("CREATE TABLE letters_%d PARTITION OF letters FOR VALUES IN ('%s');\n", i, mail)
 		sql += fmt.Sprintf("INSERT INTO spans VALUES (%d, '[%s,%s]', '{[%s,%s]}', '{\"[%s,%s]\"}', '[%s,%s]');\n", i, token, token, token, token, token, token, token, token)
 	}
 	if err := conn.Exec(ctx, sql).Close(); err != nil {
@@ -144,7 +147,7 @@ func (q querier) Query(ctx context.Context, sql string) ([][]string, error) {
 }
 
 // masks hides all canaries.
-var masks = store.Masking{Rules: []store.MaskRule{{Column: "orders.email"}, {Column: "events_a.email"}, {Column: "parent.mail"}, {Column: "sales.deals.email"},
+var masks = store.Masking{Rules: []store.MaskRule{{Column: "orders.email"}, {Column: "events_a.email"}, {Column: "letters.email"}, {Column: "parent.mail"}, {Column: "sales.deals.email"},
 	{Column: "customers.pin"}, {Type: "secret_text"}, {Field: "ssn"}}}
 
 func newMasker(t testing.TB) *masking.Masker {
