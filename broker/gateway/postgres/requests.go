@@ -23,6 +23,7 @@ var errBroken = fmt.Errorf("client: %w", errProtocol)
 const (
 	maxBurst     = 256 << 10 // bytes
 	maxBurstUses = 100
+	maxName      = 63       // bytes of one: PostgreSQL keeps no more (NAMEDATALEN - 1), and takes names that begin alike for one
 	maxNames     = 10000    // prepared statements, and portals, of a connection
 	smallMessage = 64 << 10 // bytes of what is not counted in Gateway.held
 )
@@ -400,6 +401,9 @@ func (c *conn) parse(body []byte) error {
 	if len(v.Statements) > 1 {
 		return c.refuse(v.Statements[0].Use, msg.Query, "42601", "several statements in one prepared statement", false)
 	}
+	if len(msg.Name) > maxName {
+		return c.fail("42622", "a name of more than 63 bytes", false)
+	}
 	if len(c.prepared) >= maxNames && c.prepared[msg.Name] == nil {
 		return c.fail("54000", "too many prepared statements", false)
 	}
@@ -429,6 +433,9 @@ func (c *conn) bind(body []byte) error {
 	st := c.prepared[msg.PreparedStatement]
 	if st == nil {
 		return c.fail("26000", "no such prepared statement", false)
+	}
+	if len(msg.DestinationPortal) > maxName {
+		return c.fail("42622", "a name of more than 63 bytes", false)
 	}
 	if len(c.portals) >= maxNames && c.portals[msg.DestinationPortal] == nil {
 		return c.fail("54000", "too many portals", false)
@@ -508,6 +515,9 @@ func (c *conn) closeName(body []byte) error {
 	what, name, err := named(body)
 	if err != nil {
 		return err
+	}
+	if len(name) > maxName {
+		return c.fail("42622", "a name of more than 63 bytes", false)
 	}
 	it := &item{kind: closing, extended: true}
 	c.forward('C', body, it)
