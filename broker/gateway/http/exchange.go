@@ -506,7 +506,7 @@ func (x *exchange) written() {
 
 func (x *exchange) problem(status int, slug, detail string) {
 	x.deadline()
-	problem(x.w, status, slug, detail)
+	gateway.Problem(x.w, status, slug, detail)
 }
 
 // watch calls back when nothing was touched for a while.

@@ -18,7 +18,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/go-json-experiment/json"
 	"go.uber.org/zap"
 
 	"github.com/countersign-dev/countersign/broker/gateway"
@@ -211,19 +210,5 @@ func sameHost(a, b *url.URL) bool { return a.Scheme == b.Scheme && hostPort(a) =
 // problem answers within Config.Slow.
 func (g *Gateway) problem(w http.ResponseWriter, status int, slug, detail string) {
 	_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(g.cfg.Slow))
-	problem(w, status, slug, detail)
-}
-
-// problem answers with a problem document (RFC 9457), as the broker's API does.
-func problem(w http.ResponseWriter, status int, slug, detail string) {
-	b, err := json.Marshal(map[string]any{
-		"type": "https://countersign.dev/problems/" + slug, "title": http.StatusText(status), "status": status, "detail": detail,
-	}, json.Deterministic(true))
-	if err != nil {
-		panic(err) // strings and a number always marshal
-	}
-	w.Header().Set("Content-Type", "application/problem+json")
-	w.Header().Set("Cache-Control", "no-store")
-	w.WriteHeader(status)
-	_, _ = w.Write(b) // a step that does not read it has hung up
+	gateway.Problem(w, status, slug, detail)
 }

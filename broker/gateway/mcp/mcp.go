@@ -88,14 +88,14 @@ func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	// This is no proxy: a DPoP proof that was made for another host, which the step
 	// called, would be good here under that host's name.
 	if r.URL.Host != "" || r.URL.Path != "/" && r.URL.Path != "/mcp" {
-		problem(w, http.StatusNotFound, "not-found", "the MCP endpoint is /")
+		gateway.Problem(w, http.StatusNotFound, "not-found", "the MCP endpoint is /")
 		return
 	}
 	// Browsers alone send these (Fetch standard), and no step is one: a page that
 	// reaches this address by DNS rebinding is turned away before its token counts.
 	if r.Header.Get("Origin") != "" || r.Header.Get("Sec-Fetch-Site") != "" {
 		g.cfg.Gateway.Refused(r.Context(), store.ProtocolMCP, remote(r), "browser")
-		problem(w, http.StatusForbidden, "role-forbidden", "browsers are not served here")
+		gateway.Problem(w, http.StatusForbidden, "role-forbidden", "browsers are not served here")
 		return
 	}
 	sess, err := g.cfg.Gateway.Authenticate(r)
@@ -105,7 +105,7 @@ func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		if errors.Is(err, gateway.ErrProof) { // RFC 9449, section 7.1
 			w.Header().Set("WWW-Authenticate", `DPoP error="invalid_dpop_proof"`)
 		}
-		problem(w, http.StatusUnauthorized, "unauthenticated", "no session has this token: it is wrong, or its credential has ended")
+		gateway.Problem(w, http.StatusUnauthorized, "unauthenticated", "no session has this token: it is wrong, or its credential has ended")
 		return
 	}
 	x := &exchange{g: g, w: w, r: r, rc: http.NewResponseController(w)}
@@ -113,12 +113,12 @@ func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		if err := sess.Refuse(r.Context(), gateway.Refusal{Use: "mcp", Reason: "the session is for another protocol", Remote: remote(r)}); err != nil {
 			g.cfg.Log.Warn("a refusal is not on record", zap.Error(err))
 		}
-		problem(w, http.StatusForbidden, "scope-denied", "this session is for "+sess.Grant.Access.Protocol)
+		gateway.Problem(w, http.StatusForbidden, "scope-denied", "this session is for "+sess.Grant.Access.Protocol)
 		return
 	}
 	if x.v, err = g.view(sess); err != nil {
 		g.cfg.Log.Error("a session's rules cannot be read", zap.String("scope", sess.Grant.Scope), zap.Error(err))
-		problem(w, http.StatusInternalServerError, "internal", "the rules of this session cannot be read")
+		gateway.Problem(w, http.StatusInternalServerError, "internal", "the rules of this session cannot be read")
 		return
 	}
 	x.ctx, x.cancel = context.WithCancelCause(r.Context())
@@ -145,7 +145,7 @@ func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		x.delete()
 	default:
 		w.Header().Set("Allow", "GET, POST, DELETE")
-		problem(w, http.StatusMethodNotAllowed, "method-not-allowed", "MCP has GET, POST and DELETE")
+		gateway.Problem(w, http.StatusMethodNotAllowed, "method-not-allowed", "MCP has GET, POST and DELETE")
 	}
 }
 
@@ -402,18 +402,5 @@ func remote(r *http.Request) string {
 
 func (x *exchange) problem(status int, slug, detail string) {
 	_ = x.rc.SetWriteDeadline(x.deadline())
-	problem(x.w, status, slug, detail)
-}
-
-// problem answers with a problem document (RFC 9457), as the broker's API does.
-func problem(w http.ResponseWriter, status int, slug, detail string) {
-	b, err := json.Marshal(map[string]any{
-		"type": "https://countersign.dev/problems/" + slug, "title": http.StatusText(status), "status": status, "detail": detail,
-	}, json.Deterministic(true))
-	if err != nil {
-		panic(err) // strings and a number always marshal
-	}
-	w.Header().Set("Content-Type", "application/problem+json")
-	w.WriteHeader(status)
-	_, _ = w.Write(b) // a step that does not read it has hung up
+	gateway.Problem(x.w, status, slug, detail)
 }
