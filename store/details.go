@@ -286,7 +286,12 @@ const (
 	AlertMint    = "mint-without-intent" // the broker's Vault login made a token that no intent accounts for
 	AlertUse     = "use-unmatched"       // a credential that we minted was used, and it is not known which
 	AlertLateUse = "use-after-end"       // a credential was used after its end
+	AlertRevoke  = "revocation-failed"   // credentials that a freeze covers could not be revoked yet
 )
+
+// MaxIntents is how many credentials one alert.raised may name, so that it fits
+// in MaxEntry.
+const MaxIntents = 1000
 
 // AlertDetails are the details of alert.raised.
 type AlertDetails struct {
@@ -295,6 +300,11 @@ type AlertDetails struct {
 	Ref    string `json:"ref,omitzero"`    // its name there, such as the ID of a Vault request
 	Intent string `json:"intent,omitzero"` // of the credential, where known
 	What   string `json:"what"`            // what was seen, in one line without secrets
+
+	// Intents are those of the credentials that an AlertRevoke is about, which
+	// What befell alike; at most MaxIntents. It says why they are still live, and
+	// holds until they end or the next one names them.
+	Intents []string `json:"intents,omitzero"`
 }
 
 // WriterDetails are the details of writer.added.

@@ -138,6 +138,9 @@ const (
 	OrderHours     OrderCode = "hours"          // outside the hours of the rule
 	OrderPasskey   OrderCode = "passkey-due"    // the rule wants a passkey's signature
 	OrderReason    OrderCode = "reason-due"     // the rule wants a reason
+	OrderFrozen    OrderCode = "frozen"         // a freeze in force covers it
+	OrderNotFrozen OrderCode = "not-frozen"     // the freeze is unknown or was lifted
+	OrderLifter    OrderCode = "lifter"         // who set a freeze does not lift it
 )
 
 // OrderError refuses an append that would break the order of the record.
@@ -171,11 +174,12 @@ type State struct {
 
 	requests map[string]*Request
 	joins    map[string]string // join to request ID
+	freezes  map[string]*Freeze
 }
 
 // NewState returns a State in which nothing is open.
 func NewState() *State {
-	return &State{requests: map[string]*Request{}, joins: map[string]string{}}
+	return &State{requests: map[string]*Request{}, joins: map[string]string{}, freezes: map[string]*Freeze{}}
 }
 
 // NewReplay returns a State for entries that are on record already: it takes any
@@ -214,6 +218,7 @@ type Batch struct {
 	s       *State
 	touched map[string]*Request // nil: forgotten
 	joins   map[string]string   // empty: freed
+	freezes map[string]*Freeze  // nil: lifted
 }
 
 // Begin starts a batch against s. Nothing in s changes before Commit.
@@ -238,6 +243,7 @@ func (b *Batch) Commit() map[string]*Request {
 			b.s.joins[j] = id
 		}
 	}
+	b.commitFreezes()
 	return b.touched
 }
 
@@ -322,6 +328,10 @@ func (b *Batch) Admit(e *Entry, leaf []byte, index int64, byRecorder bool) error
 		return b.failed(e)
 	case CredentialRevoked, CredentialExpired:
 		return b.ended(e)
+	case FreezeSet:
+		return b.setFreeze(e, index)
+	case FreezeLifted:
+		return b.liftFreeze(e)
 	}
 	return nil
 }
@@ -341,6 +351,9 @@ func (b *Batch) requested(e *Entry, index int64) error {
 	case Allow, NeedsApproval:
 	default:
 		return nil // a denial opens nothing
+	}
+	if err := b.refuseFrozen(e, nil); err != nil {
+		return err
 	}
 	if d.Join == "" || d.Grant.TTL <= 0 || d.Standing != nil && e.Decision.Outcome != NeedsApproval {
 		return fmt.Errorf("%w: step.requested without join or ttl, or with an approval that nobody asked for", ErrMalformed)
@@ -445,6 +458,9 @@ func (b *Batch) asked(e *Entry, leaf []byte, index int64) error {
 	}
 	r, err := b.of(e)
 	if err != nil {
+		return err
+	}
+	if err := b.refuseFrozen(e, r); err != nil {
 		return err
 	}
 	switch {
@@ -589,6 +605,9 @@ func (b *Batch) issuing(e *Entry, index int64) error {
 	}
 	r, err := b.of(e)
 	if err != nil {
+		return err
+	}
+	if err := b.refuseFrozen(e, r); err != nil {
 		return err
 	}
 	fail := func(c OrderCode, m string) error { return &OrderError{Code: c, Message: m, Request: r} }
