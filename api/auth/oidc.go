@@ -20,18 +20,16 @@ import (
 
 // IssuerConfig trusts one OpenID provider.
 type IssuerConfig struct {
-	Issuer   string `yaml:"issuer"`   // exact "iss"
-	Audience string `yaml:"audience"` // must be among "aud"
-	// JWKS is the URL of the provider's keys. Empty: taken from the issuer's
-	// discovery document at first use.
-	JWKS string `yaml:"jwks"`
-	// Orchestrators maps tokens to orchestrators; the first rule that matches
-	// counts. A token that none matches is refused.
+	Issuer   string `yaml:"issuer"`   // the exact `iss`
+	Audience string `yaml:"audience"` // must be among `aud`
+	JWKS     string `yaml:"jwks"`     // URL of the provider's keys, taken at first use; what its discovery document names by default
+	// which orchestrator a token is; the first rule counts that matches, and a
+	// token that none matches is refused
 	Orchestrators []ClaimRule `yaml:"orchestrators"`
-	// SubjectClaim is the claim of a subject_token that names the subject,
-	// "sub" where empty; SubjectPrefix is put before it ("user:").
+	// of a subject_token: the claim that names people as at the recorder, or nobody
+	// is kept from approving for themselves; sub by default
 	SubjectClaim  string `yaml:"subject_claim"`
-	SubjectPrefix string `yaml:"subject_prefix"`
+	SubjectPrefix string `yaml:"subject_prefix"` // put before that claim, such as "user:"
 	// Client fetches discovery document and keys; nil: a client with a
 	// timeout of 5 s.
 	Client *http.Client `yaml:"-"`
@@ -39,12 +37,12 @@ type IssuerConfig struct {
 
 // ClaimRule names the orchestrator of tokens whose claims all match.
 type ClaimRule struct {
-	// Match maps a claim to a regular expression over its whole value: it is
-	// anchored at both ends, so that "repo:acme/x" does not let
-	// "repo:acme/x-evil" in. Only string claims match.
+	// claim to a regular expression (RE2) over its whole value: it is anchored at
+	// both ends, so that repo:acme/x does not let repo:acme/x-evil in; only string
+	// claims match
 	Match        map[string]string `yaml:"match"`
-	Orchestrator string            `yaml:"orchestrator"`
-	Owners       []string          `yaml:"owners"` // people who own it, "user:NAME"
+	Orchestrator string            `yaml:"orchestrator"` // whose tokens these are
+	Owners       []string          `yaml:"owners"`       // people who own it, user:NAME
 }
 
 // signing are the algorithms a token may be signed with. They are all

@@ -25,54 +25,54 @@ import (
 
 // approvalConfig is the section of a recorder's file by which people decide.
 type approvalConfig struct {
-	BaseURL   string              `yaml:"base_url"`  // where people reach the pages
-	Catalogue string              `yaml:"catalogue"` // file: the recorder's own copy
-	Policy    string              `yaml:"policy"`    // file, optional
-	Owners    map[string][]string `yaml:"owners"`    // orchestrator to the people who own it, as user:NAME
-	OIDC      oidcConfig          `yaml:"oidc"`
-	Passkeys  passkeysConfig      `yaml:"passkeys"`
-	Outbox    string              `yaml:"outbox"` // file of what Slack and webhooks are to be told; DIR/outbox.db by default
+	BaseURL   string              `yaml:"base_url"`  // where people reach the pages: https, or http://localhost:PORT
+	Catalogue string              `yaml:"catalogue"` // file: the recorder's own copy, which is carried there by you and not by a broker
+	Policy    string              `yaml:"policy"`    // file of a Rego policy; none: the catalogue's rules alone
+	Owners    map[string][]string `yaml:"owners"`    // orchestrator to the people who own it, as user:NAME: nobody approves what their own orchestrator asks for
+	OIDC      oidcConfig          `yaml:"oidc"`      // how people log in
+	Passkeys  passkeysConfig      `yaml:"passkeys"`  // how passkeys come into force
+	Outbox    string              `yaml:"outbox"`    // file of what Slack and webhooks are to be told; `DIR/outbox.db` by default
 
 	Notices noticesConfig `yaml:",inline"`
 }
 
 // noticesConfig says who is told of approvals.
 type noticesConfig struct {
-	Slack    *slackConfig    `yaml:"slack"`
-	Webhooks []webhookConfig `yaml:"webhooks"`
+	Slack    *slackConfig    `yaml:"slack"`    // none: Slack is told nothing
+	Webhooks []webhookConfig `yaml:"webhooks"` // Standard Webhooks, told every state of a request and of people's passkeys
 }
 
 type oidcConfig struct {
-	Issuer       string        `yaml:"issuer"`
-	ClientID     string        `yaml:"client_id"`
-	ClientSecret string        `yaml:"client_secret_file"` // none: a public client, which PKCE alone protects
-	NameClaim    string        `yaml:"name_claim"`         // preferred_username by default; one that nobody can choose
-	GroupsClaim  string        `yaml:"groups_claim"`       // groups by default
-	Scopes       []string      `yaml:"scopes"`             // beside openid and profile
-	Reviewers    []string      `yaml:"reviewers"`          // groups
-	Responders   []string      `yaml:"responders"`         // groups
+	Issuer       string        `yaml:"issuer"`             // of the OpenID provider
+	ClientID     string        `yaml:"client_id"`          // the recorder's there, with base_url + /login/callback as redirect URI
+	ClientSecret string        `yaml:"client_secret_file"` // file; none: a public client, which PKCE alone protects
+	NameClaim    string        `yaml:"name_claim"`         // claim that names the person, one that nobody can choose or hand on; preferred_username by default
+	GroupsClaim  string        `yaml:"groups_claim"`       // claim that lists the person's groups; groups by default
+	Scopes       []string      `yaml:"scopes"`             // asked for beside openid, profile and groups
+	Reviewers    []string      `yaml:"reviewers"`          // groups that may read the record
+	Responders   []string      `yaml:"responders"`         // groups that may stop everything
 	Session      time.Duration `yaml:"session"`            // the longest a login lasts; 8h by default
-	Idle         time.Duration `yaml:"idle"`               // without a call; 30m by default
+	Idle         time.Duration `yaml:"idle"`               // the longest a login lasts without a call; 30m by default
 }
 
 type passkeysConfig struct {
-	ActivateAfter time.Duration `yaml:"activate_after"` // a key is active by itself; 0: a second person activates it
+	ActivateAfter time.Duration `yaml:"activate_after"` // a new key is active by itself after this; a second person activates it by default
 	Admins        []string      `yaml:"admins"`         // groups that may revoke others' keys, and alone activate them
 }
 
 type slackConfig struct {
-	Token         string        `yaml:"token_file"`          // the bot's
-	SigningSecret string        `yaml:"signing_secret_file"` // of the app
-	Team          string        `yaml:"team"`                // T…
-	Channel       string        `yaml:"channel"`             // C…
-	APIURL        string        `yaml:"api_url"`             // Slack's by default
+	Token         string        `yaml:"token_file"`          // file of the bot's token: chat:write, users:read, channels:history (or groups:history)
+	SigningSecret string        `yaml:"signing_secret_file"` // file of the app's signing secret; its interactivity URL is base_url + /slack/interactions
+	Team          string        `yaml:"team"`                // T…, the workspace
+	Channel       string        `yaml:"channel"`             // C…, of which the bot is a member
+	APIURL        string        `yaml:"api_url"`             // of Slack's API; https://slack.com/api/ by default
 	LinkFor       time.Duration `yaml:"link_for"`            // a linked account decides so long after its person's last login; 720h by default
 }
 
 type webhookConfig struct {
-	Name    string   `yaml:"name"`
-	URL     string   `yaml:"url"`
-	Secrets []string `yaml:"secret_files"` // each whsec_…; several while one is replaced
+	Name    string   `yaml:"name"`         // names it in the outbox
+	URL     string   `yaml:"url"`          // that is posted to
+	Secrets []string `yaml:"secret_files"` // files, each of whsec_…; several while one is replaced
 }
 
 func (c *approvalConfig) check() error {

@@ -21,101 +21,105 @@ import (
 )
 
 // serveConfig is the file of `countersign serve`. Every secret is named by
-// the file that holds it. docs/operations.md is its reference.
+// the file that holds it.
+//
+// docs/configuration.md is made from these structs by `go generate`: the comment
+// of a field is what it says of a key, and a part of it that ends in "by default"
+// is the key's default.
 type serveConfig struct {
-	Listen        listenConfig   `yaml:"listen"`
-	PublicURL     string         `yaml:"public_url"`    // where orchestrators and relying parties reach Listen; the `iss` of step identity tokens
-	TrustDomain   string         `yaml:"trust_domain"`  // of SPIFFE IDs
-	IdentityKey   string         `yaml:"identity_key"`  // file; several brokers share one
-	IdentityLead  time.Duration  `yaml:"identity_lead"` // how long a new key is published before it signs
-	PrivacyKey    string         `yaml:"privacy_key"`   // file
-	Catalogue     string         `yaml:"catalogue"`     // file
-	Policy        string         `yaml:"policy"`        // file, optional
-	Recorder      recorderConfig `yaml:"recorder"`
-	Vault         vaultConfig    `yaml:"vault"`
-	Redis         redisConfig    `yaml:"redis"`
-	Orchestrators callersConfig  `yaml:"orchestrators"`
-	FirstTTL      time.Duration  `yaml:"first_ttl"` // of a child token until its issuance is on record; also the grace for abandoned intents
-	Drain         time.Duration  `yaml:"drain"`     // how long SIGTERM waits for calls under way
+	Listen        listenConfig   `yaml:"listen"`        // where orchestrators call
+	PublicURL     string         `yaml:"public_url"`    // where orchestrators and relying parties reach the listener; the `iss` of step identity tokens, whose discovery is served there
+	TrustDomain   string         `yaml:"trust_domain"`  // of SPIFFE IDs: `spiffe://<trust domain>/orchestrator/<o>/run/<r>/step/<s>`
+	IdentityKey   string         `yaml:"identity_key"`  // file of the keys that sign step identity tokens, as `countersign key generate identity` makes it; several brokers share one
+	IdentityLead  time.Duration  `yaml:"identity_lead"` // how long a new key is published before it signs; 10m by default
+	PrivacyKey    string         `yaml:"privacy_key"`   // file of the key behind pseudonyms, the same as at the recorder
+	Catalogue     string         `yaml:"catalogue"`     // file of the scopes, see policy.md
+	Policy        string         `yaml:"policy"`        // file of a Rego policy; none: the catalogue's rules alone
+	Recorder      recorderConfig `yaml:"recorder"`      // the recorder that this broker writes to
+	Vault         vaultConfig    `yaml:"vault"`         // the Vault that credentials come from
+	Redis         redisConfig    `yaml:"redis"`         // what is in flight; see operations.md
+	Orchestrators callersConfig  `yaml:"orchestrators"` // who may ask
+	FirstTTL      time.Duration  `yaml:"first_ttl"`     // of a child token until its issuance is on record; also the grace for abandoned intents; 1s to 60s; 60s by default
+	Drain         time.Duration  `yaml:"drain"`         // how long SIGTERM waits for calls under way; 10s by default
 
-	Gateway *gatewayConfig `yaml:"gateway"` // none: no access path
+	Gateway *gatewayConfig `yaml:"gateway"` // the access path; none: scopes that it delivers are refused (`delivery-unsupported`)
 }
 
 // recordConfig is the file of `countersign record`.
 type recordConfig struct {
 	TrustDomain string        `yaml:"trust_domain"` // of the SPIFFE IDs in its own entries; the host of the log's name by default
 	Private     bool          `yaml:"private"`      // checkpoint and hash tiles are for reviewers and writers alone
-	Listen      listenConfig  `yaml:"listen"`
-	Dir         string        `yaml:"dir"`          // holds the ledger's database
-	HeadFile    string        `yaml:"head_file"`    // outside the database; best on another disk
-	KeysFile    string        `yaml:"keys_file"`    // keys of erasable texts; keep it out of the database's backups
-	LogKey      string        `yaml:"log_key"`      // file
-	PrivacyKey  string        `yaml:"privacy_key"`  // file
-	Tokens      string        `yaml:"tokens"`       // file of token hashes: writers and reviewers
-	Certs       auth.Certs    `yaml:"certificates"` // client certificates of writers
-	Grace       time.Duration `yaml:"grace"`        // age at which another writer's open intent may be closed
-	Publish     time.Duration `yaml:"publish"`      // between published checkpoints
-	CheckNewest int64         `yaml:"check_newest"` // how many of the newest entries are hashed again before it starts
-	Recheck     time.Duration `yaml:"recheck"`      // pause between background passes over the whole log
-	Drain       time.Duration `yaml:"drain"`
+	Listen      listenConfig  `yaml:"listen"`       // where writers, people and reviewers call
+	Dir         string        `yaml:"dir"`          // directory of `ledger.db`, or with postgres_file of what lies beside the database
+	HeadFile    string        `yaml:"head_file"`    // file of the last head, best on another disk; `DIR/head` by default
+	KeysFile    string        `yaml:"keys_file"`    // file of the keys of erasable texts: keep it out of the database's backups; `DIR/details-keys.db` by default
+	LogKey      string        `yaml:"log_key"`      // file of the key that signs the log, as `countersign key generate log` makes it
+	PrivacyKey  string        `yaml:"privacy_key"`  // file of the key behind pseudonyms, the same as at the brokers
+	Tokens      string        `yaml:"tokens"`       // file of token hashes: writers, reviewers and responders
+	Certs       auth.Certs    `yaml:"certificates"` // which client certificate is which writer
+	Grace       time.Duration `yaml:"grace"`        // age at which another writer's intent without an outcome may be closed; 60s by default
+	Publish     time.Duration `yaml:"publish"`      // between published checkpoints; 2s by default
+	CheckNewest int64         `yaml:"check_newest"` // how many of the newest entries are hashed again before it starts; 10000 by default
+	Recheck     time.Duration `yaml:"recheck"`      // pause between background passes over the whole log, of which the first begins at start; 1h by default
+	Drain       time.Duration `yaml:"drain"`        // how long SIGTERM waits for calls under way; 10s by default
 
 	Postgres string `yaml:"postgres_file"` // file that holds the DSN of a ledger in PostgreSQL; none: SQLite in dir
 	Standby  bool   `yaml:"standby"`       // wait for the recorder that has the ledger open in PostgreSQL, and take over
 
-	Approval  *approvalConfig  `yaml:"approval"`  // none: nobody is asked for an approval
-	Witnesses *witnessesConfig `yaml:"witnesses"` // none: checkpoints are published at once
-	Keep      *keepConfig      `yaml:"keep"`      // none: checkpoints are kept nowhere else
-	SIEM      siem.Config      `yaml:"siem"`      // none: nothing is pushed
-	Retention retentionConfig  `yaml:"retention"` // none: erasable texts are kept for good
-	Export    exportConfig     `yaml:"export"`
+	Approval  *approvalConfig  `yaml:"approval"`  // how people decide; none: nobody is asked for an approval
+	Witnesses *witnessesConfig `yaml:"witnesses"` // who cosigns checkpoints; none: they are published at once
+	Keep      *keepConfig      `yaml:"keep"`      // where checkpoints are kept for safety; none: nowhere else
+	SIEM      siem.Config      `yaml:"siem"`      // where the record is pushed to as events; none: nothing is pushed
+	Retention retentionConfig  `yaml:"retention"` // how long erasable texts are kept, by sensitivity (low, sensitive, critical, and default for what is about no scope), at least 1h each; what is not named is kept for good
+	Export    exportConfig     `yaml:"export"`    // evidence bundles on their way to reviewers
 
-	VaultAudit *vaultAuditConfig `yaml:"vault_audit"`  // none: Vault's audit log is not followed
+	VaultAudit *vaultAuditConfig `yaml:"vault_audit"`  // which of Vault's audit devices is followed, see vault-audit.md; none: it is not
 	Metrics    string            `yaml:"metrics_addr"` // host:port of a listener for Prometheus alone; none: no metrics
 }
 
 type listenConfig struct {
-	Addr     string `yaml:"addr"`
-	Cert     string `yaml:"cert"`      // file, PEM
-	Key      string `yaml:"key"`       // file, PEM
-	ClientCA string `yaml:"client_ca"` // file, PEM: whose client certificates name writers (record only)
-	Insecure bool   `yaml:"insecure_listen"`
+	Addr     string `yaml:"addr"`            // HOST:PORT to listen on; without cert a loopback address alone
+	Cert     string `yaml:"cert"`            // file, PEM: the certificate and what leads to its root
+	Key      string `yaml:"key"`             // file, PEM
+	ClientCA string `yaml:"client_ca"`       // file, PEM: whose client certificates name writers (record only)
+	Insecure bool   `yaml:"insecure_listen"` // true: something in front ends TLS
 }
 
 type recorderConfig struct {
-	URL      string `yaml:"url"`
-	Page     string `yaml:"page"`   // where people approve, as their browsers reach it; url by default
-	Writer   string `yaml:"writer"` // this broker's name at the recorder
-	Token    string `yaml:"token_file"`
-	Cert     string `yaml:"cert"` // client certificate instead of a token
-	Key      string `yaml:"key"`
-	CA       string `yaml:"ca"`
-	LogKey   string `yaml:"log_key"`   // the log's verifier key itself: it is no secret
-	HeadFile string `yaml:"head_file"` // the last head this broker saw
+	URL      string `yaml:"url"`        // of the recorder
+	Page     string `yaml:"page"`       // where people approve, as their browsers reach it; url by default
+	Writer   string `yaml:"writer"`     // this broker's name at the recorder, its own alone
+	Token    string `yaml:"token_file"` // file of its token there; or cert and key
+	Cert     string `yaml:"cert"`       // file, PEM: client certificate instead of a token
+	Key      string `yaml:"key"`        // file, PEM
+	CA       string `yaml:"ca"`         // file, PEM; the system's by default
+	LogKey   string `yaml:"log_key"`    // the log's verifier key itself, which is no secret: what `countersign key show log.key` prints
+	HeadFile string `yaml:"head_file"`  // file of the last head this broker saw; never restore it from a backup
 }
 
 type vaultConfig struct {
-	Addr      string         `yaml:"addr"`
-	Namespace string         `yaml:"namespace"`
-	CA        string         `yaml:"ca"`
-	Token     string         `yaml:"token_file"`
-	AppRole   *appRoleConfig `yaml:"approle"`
+	Addr      string         `yaml:"addr"`       // URL of Vault
+	Namespace string         `yaml:"namespace"`  // of Vault Enterprise; none by default
+	CA        string         `yaml:"ca"`         // file, PEM; the system's by default
+	Token     string         `yaml:"token_file"` // file of a token, read again at each login; or approle
+	AppRole   *appRoleConfig `yaml:"approle"`    // login by role ID and secret ID
 }
 
 type appRoleConfig struct {
-	Mount    string `yaml:"mount"`
-	RoleID   string `yaml:"role_id"`
-	SecretID string `yaml:"secret_id_file"`
+	Mount    string `yaml:"mount"`          // where the method is mounted below auth/; approle by default
+	RoleID   string `yaml:"role_id"`        // as Vault has it
+	SecretID string `yaml:"secret_id_file"` // file, read again at each login
 }
 
 type redisConfig struct {
-	URL      string `yaml:"url_file"` // file, since a Redis URL may hold a password
-	Embedded bool   `yaml:"embedded"`
+	URL      string `yaml:"url_file"` // file of a URL, which may hold a password: redis://[user:password@]host:port[/db], or rediss:// for TLS; several brokers share one
+	Embedded bool   `yaml:"embedded"` // true: a Redis inside this process, for a single broker
 }
 
 // callersConfig says who may call as an orchestrator or a resource server.
 type callersConfig struct {
-	Tokens string              `yaml:"tokens"` // file of token hashes
-	OIDC   []auth.IssuerConfig `yaml:"oidc"`
+	Tokens string              `yaml:"tokens"` // file of token hashes, as `countersign token` keeps it
+	OIDC   []auth.IssuerConfig `yaml:"oidc"`   // providers whose tokens are taken; they also prove subjects (`subject_token`)
 }
 
 // loadConfig reads a YAML file into c. Unknown and duplicate keys are refused
@@ -134,7 +138,7 @@ func parseConfig(path string, b []byte, c any) error {
 		var at yaml.Error
 		if errors.As(err, &at) && at.GetToken() != nil {
 			p := at.GetToken().Position
-			return fmt.Errorf("%s:%d:%d: %s; docs/operations.md lists every key", path, p.Line, p.Column, at.GetMessage())
+			return fmt.Errorf("%s:%d:%d: %s; docs/configuration.md lists every key", path, p.Line, p.Column, at.GetMessage())
 		}
 		return fmt.Errorf("%s: %w", path, err)
 	}

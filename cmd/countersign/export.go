@@ -31,9 +31,9 @@ import (
 
 // exportConfig is the section export of the recorder's configuration.
 type exportConfig struct {
-	Dir   string        `yaml:"dir"`   // of files until they are fetched; DIR/exports by default
-	Keep  time.Duration `yaml:"keep"`  // how long they can be fetched again; 1 h by default
-	Bytes int64         `yaml:"bytes"` // of all of them together; 8 GiB by default
+	Dir   string        `yaml:"dir"`   // directory of files until they are fetched, which hold opened texts; `DIR/exports` by default
+	Keep  time.Duration `yaml:"keep"`  // how long a download can be resumed; 1h by default
+	Bytes int64         `yaml:"bytes"` // of all of them together; 8589934592 (8 GiB) by default
 }
 
 func (c *exportConfig) check() error {

@@ -15,26 +15,26 @@ import (
 // gatewayConfig is the access path of a broker. A protocol that is not there is
 // not served: delivery gateway is refused for its scopes.
 type gatewayConfig struct {
-	HTTP     *gatewayURL     `yaml:"http"`
-	Postgres *gatewayAddress `yaml:"postgres"`
-	MCP      *gatewayURL     `yaml:"mcp"`
+	HTTP     *gatewayURL     `yaml:"http"`     // reverse and forward proxy; none: not served
+	Postgres *gatewayAddress `yaml:"postgres"` // PostgreSQL's wire protocol; none: not served
+	MCP      *gatewayURL     `yaml:"mcp"`      // MCP's streamable HTTP; none: not served
 
-	Upstreams   map[string]string `yaml:"upstreams"`    // host:port that is dialled, by the host, or host:port, that the catalogue names
-	CA          string            `yaml:"ca_file"`      // PEM: whom targets' certificates are checked against; the system's by default
-	MaxSessions int               `yaml:"max_sessions"` // open at once; 0: any number
-	ProxyCA     string            `yaml:"proxy_ca_dir"` // where the forward proxy's certificate authority is kept; none: no forward proxy
+	Upstreams   map[string]string `yaml:"upstreams"`    // host:port that is dialled, by the host, or host:port, that the catalogue names; others are dialled as they are named
+	CA          string            `yaml:"ca_file"`      // file, PEM: whom targets' certificates are checked against; the system's by default
+	MaxSessions int               `yaml:"max_sessions"` // sessions open at once, more are refused (`rate-limited`); any number by default
+	ProxyCA     string            `yaml:"proxy_ca_dir"` // directory of the forward proxy's certificate authority, which is made where it is missing; none: no forward proxy
 }
 
 // gatewayURL is a listener of HTTP, and where steps reach it.
 type gatewayURL struct {
-	Listen listenConfig `yaml:"listen"`
-	URL    string       `yaml:"url"`
+	Listen listenConfig `yaml:"listen"` // where steps connect
+	URL    string       `yaml:"url"`    // what steps are told: scheme, host and port; DPoP proofs are for it
 }
 
 // gatewayAddress is a listener of another protocol, and where steps reach it.
 type gatewayAddress struct {
-	Listen  listenConfig `yaml:"listen"`
-	Address string       `yaml:"address"` // host:port
+	Listen  listenConfig `yaml:"listen"`  // where steps connect
+	Address string       `yaml:"address"` // host:port that steps are told
 }
 
 func (c *gatewayConfig) check() error {

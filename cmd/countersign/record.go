@@ -34,7 +34,7 @@ func recordCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "record --config FILE",
 		Short: "Run the recorder: the people's side",
-		Long: `Run the recorder, which keeps the ledger. docs/operations.md lists every key
+		Long: `Run the recorder, which keeps the ledger. docs/configuration.md lists every key
 of the configuration. It refuses to start on a ledger that was altered, and
 stops itself when it finds that later. Token files are read again whenever
 they change; SIGTERM finishes what is under way and ends.`,

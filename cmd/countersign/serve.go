@@ -36,7 +36,7 @@ func serveCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "serve --config FILE",
 		Short: "Run the broker: the machines' side",
-		Long: `Run the broker, which orchestrators ask for credentials. docs/operations.md
+		Long: `Run the broker, which orchestrators ask for credentials. docs/configuration.md
 lists every key of the configuration. SIGHUP reads catalogue, policy and
 identity keys again; SIGTERM finishes what is under way and ends.`,
 		Args: cobra.NoArgs,

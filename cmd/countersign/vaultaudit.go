@@ -26,14 +26,14 @@ import (
 //
 //	path "sys/audit-hash/file" { capabilities = ["update"] }
 type vaultAuditConfig struct {
-	File       string `yaml:"file"`       // what a file audit device writes
-	Listen     string `yaml:"listen"`     // where a socket device comes to instead: 127.0.0.1:PORT, or unix:PATH
-	Device     string `yaml:"device"`     // the device's path in Vault; file or socket by default
-	Addr       string `yaml:"addr"`       // of Vault
-	Namespace  string `yaml:"namespace"`  // Vault Enterprise namespace; empty for none
-	CA         string `yaml:"ca"`         // file, PEM
-	Token      string `yaml:"token_file"` // read again for every call, so that an agent may renew it
-	RolePrefix string `yaml:"role_prefix"`
+	File       string `yaml:"file"`        // what a file audit device writes; or listen
+	Listen     string `yaml:"listen"`      // where a socket device comes to instead: 127.0.0.1:PORT, or unix:PATH
+	Device     string `yaml:"device"`      // the device's path in Vault; file or socket by default
+	Addr       string `yaml:"addr"`        // URL of Vault
+	Namespace  string `yaml:"namespace"`   // of Vault Enterprise; none by default
+	CA         string `yaml:"ca"`          // file, PEM; the system's by default
+	Token      string `yaml:"token_file"`  // file of a token that may ask for audit hashes, read again for every call, so that an agent may renew it
+	RolePrefix string `yaml:"role_prefix"` // of the token roles under which the brokers mint; countersign- by default
 }
 
 // auditDevice is what may be a device's path, so that no other path is asked.

@@ -51,16 +51,16 @@ recorder has no access.`,
 
 // witnessConfig is the file of `countersign witness`.
 type witnessConfig struct {
-	Listen listenConfig       `yaml:"listen"`
-	Key    string             `yaml:"key"` // file
-	Dir    string             `yaml:"dir"` // of its state; not to be restored from a backup
-	Logs   []witnessLogConfig `yaml:"logs"`
-	Drain  time.Duration      `yaml:"drain"`
+	Listen listenConfig       `yaml:"listen"` // where recorders call, and whoever asks for forks
+	Key    string             `yaml:"key"`    // file of the key that cosigns, as `countersign key generate witness` makes it
+	Dir    string             `yaml:"dir"`    // directory of its state: one checkpoint per log, and evidence of forks; never restore it from a backup
+	Logs   []witnessLogConfig `yaml:"logs"`   // whose checkpoints it cosigns
+	Drain  time.Duration      `yaml:"drain"`  // how long SIGTERM waits for calls under way; 10s by default
 }
 
 type witnessLogConfig struct {
-	Key    string `yaml:"key"`    // the log's verifier key itself: it is no secret
-	Origin string `yaml:"origin"` // the key's name by default
+	Key    string `yaml:"key"`    // the log's verifier key itself, which is no secret: what `countersign key show log.key` prints
+	Origin string `yaml:"origin"` // of its checkpoints; the key's name by default
 }
 
 func (c *witnessConfig) check() error {
@@ -168,15 +168,15 @@ func readWitnessKey(path string) (*torchwood.CosignatureSigner, error) {
 
 // witnessesConfig is the section of a recorder's file that names its witnesses.
 type witnessesConfig struct {
-	Servers  []witnessServerConfig `yaml:"servers"`
-	Withhold bool                  `yaml:"withhold"` // publish only what meets quorum or policy
+	Servers  []witnessServerConfig `yaml:"servers"`  // any C2SP witness
+	Withhold bool                  `yaml:"withhold"` // true: publish only what meets quorum or policy; false: publish after a second at most, and add the cosignatures that come later
 	Quorum   int                   `yaml:"quorum"`   // how many of servers have to cosign
-	Policy   string                `yaml:"policy"`   // file, instead of quorum (the policy format of Sigsum and Tessera)
+	Policy   string                `yaml:"policy"`   // file of a witness policy, instead of quorum (log, witness, group and quorum lines, as Tessera and Sigsum have it)
 }
 
 type witnessServerConfig struct {
 	URL string `yaml:"url"` // what /add-checkpoint is appended to
-	Key string `yaml:"key"` // the witness's verifier key itself: it is no secret
+	Key string `yaml:"key"` // the witness's verifier key itself, which is no secret
 	CA  string `yaml:"ca"`  // file, PEM; the machine's roots by default
 }
 
@@ -259,26 +259,26 @@ func (c *witnessesConfig) publish(o *peopleOptions, dir string) (func(context.Co
 // keepConfig is the section of a recorder's file that says where checkpoints are
 // kept for safety.
 type keepConfig struct {
-	Every time.Duration    `yaml:"every"` // 24h by default
-	Files []string         `yaml:"files"` // each checkpoint is appended
-	Slack *keepSlackConfig `yaml:"slack"`
-	Mail  *keepMailConfig  `yaml:"mail"`
+	Every time.Duration    `yaml:"every"` // between checkpoints that are kept; 24h by default
+	Files []string         `yaml:"files"` // to which each checkpoint is appended, with date, and synced
+	Slack *keepSlackConfig `yaml:"slack"` // none: not kept there
+	Mail  *keepMailConfig  `yaml:"mail"`  // none: not sent
 }
 
 type keepSlackConfig struct {
-	Token   string `yaml:"token_file"` // the bot's, with chat:write
-	Channel string `yaml:"channel"`    // C…
-	APIURL  string `yaml:"api_url"`    // Slack's by default
+	Token   string `yaml:"token_file"` // file of the bot's token, with chat:write
+	Channel string `yaml:"channel"`    // C…, of which the bot is a member
+	APIURL  string `yaml:"api_url"`    // of Slack's API; https://slack.com/api/ by default
 }
 
 type keepMailConfig struct {
-	Addr     string   `yaml:"addr"`     // HOST:PORT of the mail server
-	Security string   `yaml:"security"` // starttls by default; tls (from the first byte); none (on this machine alone)
-	CA       string   `yaml:"ca"`       // file, PEM; the machine's roots by default
-	Username string   `yaml:"username"` // none: no login
-	Password string   `yaml:"password_file"`
-	From     string   `yaml:"from"`
-	To       []string `yaml:"to"`
+	Addr     string   `yaml:"addr"`          // HOST:PORT of the mail server
+	Security string   `yaml:"security"`      // starttls, tls (from the first byte) or none (on this machine alone); starttls by default
+	CA       string   `yaml:"ca"`            // file, PEM; the machine's roots by default
+	Username string   `yaml:"username"`      // none: no login
+	Password string   `yaml:"password_file"` // file; goes with username
+	From     string   `yaml:"from"`          // sender's address
+	To       []string `yaml:"to"`            // receivers' addresses
 }
 
 func (c *keepConfig) check() error {

@@ -24,11 +24,11 @@ type Config []Destination
 // Destination is one receiver of events: either HTTP or Syslog is set.
 type Destination struct {
 	Name   string        `yaml:"name"`   // names the cursor; keep it when the address changes
-	HTTP   *HTTPConfig   `yaml:"http"`   //
-	Syslog *SyslogConfig `yaml:"syslog"` //
+	HTTP   *HTTPConfig   `yaml:"http"`   // batches of JSON lines
+	Syslog *SyslogConfig `yaml:"syslog"` // RFC 5424 messages over TCP
 	Types  []string      `yaml:"types"`  // of entries, such as access.refused or credential.*; none: all
-	Since  string        `yaml:"since"`  // where a new destination begins: now (default) or start
-	Texts  bool          `yaml:"texts"`  // hand out erasable texts, which no erasure reaches any more
+	Since  string        `yaml:"since"`  // where a new destination begins: now or start; now by default
+	Texts  bool          `yaml:"texts"`  // true: hand out erasable texts, which no erasure reaches any more
 }
 
 // HTTPConfig is a receiver of batches of JSON lines.
@@ -37,17 +37,17 @@ type HTTPConfig struct {
 	Token   string            `yaml:"token_file"` // file of a bearer token, read again for each batch
 	Headers map[string]string `yaml:"headers"`    // header name to the file of its value, read again for each batch
 	CA      string            `yaml:"ca"`         // file, PEM; the system's by default
-	Plain   bool              `yaml:"plain"`      // send bodies without gzip
+	Plain   bool              `yaml:"plain"`      // true: send bodies without gzip
 }
 
 // SyslogConfig is a receiver of RFC 5424 messages over TCP: with TLS (RFC
 // 5425), or plain (RFC 6587, octet counting) to this machine alone.
 type SyslogConfig struct {
-	Addr       string     `yaml:"addr"`       // HOST:PORT
+	Addr       string     `yaml:"addr"`       // HOST:PORT of the receiver
 	TLS        *TLSConfig `yaml:"tls"`        // none: plain
 	Facility   *int       `yaml:"facility"`   // 0 to 23; 13 (log audit) by default
 	Enterprise int        `yaml:"enterprise"` // private enterprise number of the SD-ID; 32473 by default
-	MaxBytes   int        `yaml:"max_bytes"`  // longest event; 8192 by default, at least 2048
+	MaxBytes   int        `yaml:"max_bytes"`  // longest event, at least 2048; 8192 by default
 }
 
 // TLSConfig says how a receiver is known, and how it knows the recorder.
@@ -55,7 +55,7 @@ type TLSConfig struct {
 	CA         string `yaml:"ca"`          // file, PEM; the system's by default
 	Cert       string `yaml:"cert"`        // file, PEM
 	Key        string `yaml:"key"`         // file, PEM
-	ServerName string `yaml:"server_name"` // addr's host by default
+	ServerName string `yaml:"server_name"` // that the receiver's certificate is for; addr's host by default
 }
 
 // Check says what is wrong with c, or nil. It reads no file.
