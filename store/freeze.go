@@ -83,6 +83,11 @@ type FreezeLiftedDetails struct {
 	Freeze string `json:"freeze"` // entry ID of freeze.set
 }
 
+// FrozenDetails are the details of a request.void that a freeze brought about.
+type FrozenDetails struct {
+	Freeze string `json:"freeze"` // entry ID of freeze.set
+}
+
 // Freeze is a freeze in force.
 type Freeze struct {
 	ID    string // entry ID of freeze.set, by which people name it
@@ -105,11 +110,11 @@ func (s *State) Freezes() []Freeze {
 // Frozen returns a freeze in force that covers a request of these, the oldest
 // one; nil where there is none.
 func (s *State) Frozen(orchestrator, run, step, scope string) *Freeze {
-	return (&Batch{s: s}).frozen(orchestrator, run, step, scope)
+	return (&Batch{s: s}).Frozen(orchestrator, run, step, scope)
 }
 
-// frozen is State.Frozen with what the batch changes.
-func (b *Batch) frozen(orchestrator, run, step, scope string) *Freeze {
+// Frozen is State.Frozen with what the batch changes.
+func (b *Batch) Frozen(orchestrator, run, step, scope string) *Freeze {
 	var first *Freeze
 	covers := func(f *Freeze) {
 		if f != nil && f.Covers(orchestrator, run, step, scope) && (first == nil || f.Index < first.Index) {
@@ -133,7 +138,7 @@ func (b *Batch) frozen(orchestrator, run, step, scope string) *Freeze {
 
 // refuseFrozen refuses e where a freeze covers it.
 func (b *Batch) refuseFrozen(e *Entry, r *Request) error {
-	if f := b.frozen(e.Orchestrator, e.Run, e.Step, e.Action); f != nil {
+	if f := b.Frozen(e.Orchestrator, e.Run, e.Step, e.Action); f != nil {
 		return &OrderError{Code: OrderFrozen, Message: fmt.Sprintf("freeze %s, in force since %s, stops %s", f.ID, f.Time, f.FreezeDetails), Request: r}
 	}
 	return nil
@@ -229,7 +234,7 @@ func (s *State) LoadFreeze(e *Entry, index int64) error {
 func (b *Batch) Stopped() []*Request {
 	stopped := map[string]*Request{}
 	look := func(r *Request) {
-		if r != nil && !r.Minting && (r.Status == StatusPending || r.Status == StatusApproved) && b.frozen(r.Orchestrator, r.Run, r.Step, r.Scope) != nil {
+		if r != nil && !r.Minting && (r.Status == StatusPending || r.Status == StatusApproved) && b.Frozen(r.Orchestrator, r.Run, r.Step, r.Scope) != nil {
 			stopped[r.ID] = r
 		}
 	}

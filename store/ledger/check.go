@@ -82,7 +82,10 @@ func (l *Ledger) start(ctx context.Context) error {
 			return err
 		}
 	}
-	w.front, w.last, w.state = p.front, p.last, newState(l.o.Grace, rs)
+	if w.state, err = l.readState(ctx, w.conn, rs); err != nil {
+		return err
+	}
+	w.front, w.last, l.freezes = p.front, p.last, w.state.Freezes()
 	for _, r := range rs {
 		l.open[r.ID] = r
 	}

@@ -2,12 +2,15 @@ package ledger
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"database/sql"
 	"errors"
 	"fmt"
 	"maps"
+	"math"
 	"runtime"
+	"slices"
 	"strings"
 	"time"
 
@@ -244,6 +247,7 @@ type pending struct {
 	lines   []*line
 	ids     map[string]*line
 	changes map[string]*store.Request // to open_requests; nil: forgotten
+	freezes bool                      // one is set or lifted
 }
 
 // commit settles every group of the batch: err or head is set when it returns.
@@ -270,11 +274,13 @@ func (l *Ledger) commit(batch []*group) {
 	defer cancel()
 	if w.state == nil {
 		rs, err := readOpen(ctx, w.conn)
+		if err == nil {
+			w.state, err = l.readState(ctx, w.conn, rs)
+		}
 		if err != nil {
 			fail(l.writeErr(err))
 			return
 		}
-		w.state = newState(l.o.Grace, rs)
 	}
 	known, err := l.lookUp(ctx, batch)
 	if err != nil {
@@ -290,7 +296,7 @@ func (l *Ledger) commit(batch []*group) {
 			g.err = fmt.Errorf("%w: %w", store.ErrUnavailable, g.ctx.Err())
 			continue
 		}
-		g.err = l.admit(g, p, known)
+		g.err = l.admit(ctx, g, p, known)
 	}
 	h := l.head.Load()
 	if len(p.lines) > 0 {
@@ -371,7 +377,7 @@ func (l *Ledger) lookUp(ctx context.Context, batch []*group) (map[string]recorde
 
 // admit takes g into p, or says why not. What is on record already is answered
 // before the order of the record is asked, which may long have moved on.
-func (l *Ledger) admit(g *group, p *pending, known map[string]recorded) error {
+func (l *Ledger) admit(ctx context.Context, g *group, p *pending, known map[string]recorded) error {
 	b := l.wr.state.Begin()
 	size := l.wr.front.size + int64(len(p.lines))
 	var fresh []*line
@@ -414,6 +420,12 @@ func (l *Ledger) admit(g *group, p *pending, known map[string]recorded) error {
 	if err := b.Complete(); err != nil {
 		return err
 	}
+	voids, err := l.voids(ctx, b, p, fresh)
+	if err != nil {
+		return err
+	}
+	fresh = append(fresh, voids...)
+	p.freezes = p.freezes || b.FreezesChanged()
 	maps.Copy(p.changes, b.Commit())
 	maps.Copy(p.ids, mine)
 	p.lines = append(p.lines, fresh...)
@@ -538,6 +550,9 @@ func (l *Ledger) committed(p *pending, nodes [][]byte, h *head) {
 		l.recentN = l.recent[len(l.recent)-keepRecent-1].Index + 1
 		l.recent = append([]store.Proven(nil), l.recent[len(l.recent)-keepRecent:]...)
 	}
+	if p.freezes {
+		l.freezes = l.wr.state.Freezes()
+	}
 	l.head.Store(h)
 	close(l.grown)
 	l.grown = make(chan struct{})
@@ -580,6 +595,115 @@ func readOpen(ctx context.Context, q querier) ([]*store.Request, error) {
 		rs = append(rs, r)
 	}
 	return rs, rows.Err()
+}
+
+// readState is the state of the record whose open requests are rs. Freezes in
+// force are read from the entries that set and lifted them: they are few, and
+// nothing beside the log can disagree with it.
+func (l *Ledger) readState(ctx context.Context, q querier, rs []*store.Request) (*store.State, error) {
+	type placed struct {
+		index int64
+		entry *store.Entry
+	}
+	var es []placed
+	for _, t := range []store.Type{store.FreezeSet, store.FreezeLifted} {
+		if err := each(ctx, q, func(rows *sql.Rows) error {
+			var i int64
+			var body []byte
+			if err := rows.Scan(&i, &body); err != nil {
+				return err
+			}
+			e, err := store.ParseLeaf(body)
+			if err != nil {
+				return fmt.Errorf("%w: entry %d: %w", ErrMismatch, i, err)
+			}
+			es = append(es, placed{i, e})
+			return nil
+		}, "SELECT a.idx, a.body "+l.e.walk("type", "", ""), string(t), int64(0), int64(math.MaxInt64)); err != nil {
+			return nil, err
+		}
+	}
+	slices.SortFunc(es, func(a, b placed) int { return cmp.Compare(a.index, b.index) })
+	s := newState(l.o.Grace, rs)
+	for _, e := range es {
+		if err := s.LoadFreeze(e.entry, e.index); err != nil {
+			return nil, fmt.Errorf("%w: entry %d: %w", ErrMismatch, e.index, err)
+		}
+	}
+	return s, nil
+}
+
+// voids are the request.void, admitted to b, of what b's freezes stop: the
+// recorder writes them in the append that brings it about, so that nothing slips
+// in between. What they repeat of their request stands in its step.requested, and
+// who writes in the freeze.set. fresh are the entries of b.
+func (l *Ledger) voids(ctx context.Context, b *store.Batch, p *pending, fresh []*line) ([]*line, error) {
+	stopped := b.Stopped()
+	if len(stopped) == 0 {
+		return nil, nil
+	}
+	stories := map[int64]*store.Entry{} // by index; nil: not read yet
+	freezes := make([]*store.Freeze, len(stopped))
+	for i, r := range stopped {
+		freezes[i] = b.Frozen(r.Orchestrator, r.Run, r.Step, r.Scope)
+		stories[r.Requested], stories[freezes[i].Index] = nil, nil
+	}
+	for _, lines := range [][]*line{p.lines, fresh} {
+		for _, ln := range lines {
+			if _, wanted := stories[ln.index]; wanted {
+				stories[ln.index] = &ln.sub.Entry
+			}
+		}
+	}
+	var idx []int64
+	for i, e := range stories {
+		if e == nil {
+			idx = append(idx, i)
+		}
+	}
+	slices.Sort(idx)
+	for part := range slices.Chunk(idx, chunk) {
+		if err := each(ctx, l.wr.conn, func(rows *sql.Rows) error {
+			var i int64
+			var body []byte
+			if err := rows.Scan(&i, &body); err != nil {
+				return err
+			}
+			e, err := store.ParseLeaf(body)
+			stories[i] = e
+			return err
+		}, "SELECT e.idx, e.body FROM "+l.e.list("bigint")+" CROSS JOIN entries e WHERE e.idx = j.value ORDER BY j.key", jsonList(part)); err != nil {
+			return nil, l.writeErr(err)
+		}
+	}
+	size := l.wr.front.size + int64(len(p.lines)+len(fresh))
+	out := make([]*line, 0, len(stopped))
+	for i, r := range stopped {
+		story, freeze := stories[r.Requested], stories[freezes[i].Index]
+		if story == nil || freeze == nil {
+			return nil, l.writeErr(fmt.Errorf("%w: the step.requested of open request %q, or the freeze.set of what stops it, is not there", ErrMismatch, r.ID))
+		}
+		sub := &store.Submission{Entry: store.Entry{
+			V: store.Version, ID: store.NewID(), Type: store.RequestVoid, WriterTime: p.now, Agent: freeze.Agent,
+			Subject: story.Subject, Orchestrator: r.Orchestrator, Run: r.Run, Step: r.Step, Request: r.ID,
+			Resource: story.Resource, Action: r.Scope, Decision: story.Decision, Risk: story.Risk, Cause: store.Ptr(store.CauseFrozen),
+		}}
+		sub.SetDetails(store.FrozenDetails{Freeze: freezes[i].ID})
+		raw, err := sub.Marshal()
+		if err != nil {
+			return nil, err
+		}
+		ln := &line{index: size + int64(i)}
+		if err := ln.parse(raw, freeze.Writer); err != nil {
+			return nil, err
+		}
+		ln.stamp(p.now)
+		if err := b.Admit(&ln.sub.Entry, ln.leaf, ln.index, true); err != nil {
+			return nil, err
+		}
+		out = append(out, ln)
+	}
+	return out, nil
 }
 
 func newState(grace time.Duration, rs []*store.Request) *store.State {

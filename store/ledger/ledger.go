@@ -4,7 +4,7 @@
 // Tables entries, hashes and checkpoints are the log. One transaction holds a
 // batch's entries, the tree nodes they complete, the checkpoint that signs the
 // tree, and what changed beside the log: open_requests (what is open, a
-// function of the entries) and sealed (encrypted texts behind commitments,
+// function of the entries; freezes in force are read from the entries) and sealed (encrypted texts behind commitments,
 // whose keys lie in another file). One goroutine writes.
 package ledger
 
@@ -141,6 +141,7 @@ type Ledger struct {
 
 	mu      sync.RWMutex              // guards what follows, and that head belongs to it
 	open    map[string]*store.Request // store.State's requests as of head; values are never changed
+	freezes []store.Freeze            // in force as of head, oldest first; replaced, never changed
 	recent  []store.Proven            // newest entries that writers may follow, without proofs
 	recentN int64                     // recent is complete from this index on
 	grown   chan struct{}             // closed and replaced by each commit
@@ -403,6 +404,14 @@ func (l *Ledger) headLoop() {
 	}
 }
 
+// Standing returns what is open in the log of size entries: its requests, in the
+// order of their step.requested, and the freezes in force, oldest first. None of
+// it may be changed.
+func (l *Ledger) Standing() (size int64, requests []*store.Request, freezes []store.Freeze) {
+	h, rs, fs := l.snapshot()
+	return h.size, rs, fs
+}
+
 // snapshotOf is snapshot of one request, and of the one whose standing approval
 // it draws on.
 func (l *Ledger) snapshotOf(request string) (*head, []*store.Request) {
@@ -418,8 +427,8 @@ func (l *Ledger) snapshotOf(request string) (*head, []*store.Request) {
 	return l.head.Load(), rs
 }
 
-// snapshot returns the head and the requests that belong to it.
-func (l *Ledger) snapshot() (*head, []*store.Request) {
+// snapshot returns the head, and the requests and freezes that belong to it.
+func (l *Ledger) snapshot() (*head, []*store.Request, []store.Freeze) {
 	l.mu.RLock()
 	defer l.mu.RUnlock()
 	rs := make([]*store.Request, 0, len(l.open))
@@ -427,5 +436,5 @@ func (l *Ledger) snapshot() (*head, []*store.Request) {
 		rs = append(rs, r)
 	}
 	slices.SortFunc(rs, func(a, b *store.Request) int { return int(a.Requested - b.Requested) })
-	return l.head.Load(), rs
+	return l.head.Load(), rs, l.freezes
 }

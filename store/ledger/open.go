@@ -19,18 +19,23 @@ const followAtMost = 256
 
 // OpenSet returns the entries of what is open, ascending, with proofs under one
 // head: of each open request its step.requested, what people were asked and their
-// decisions, its intents and their outcomes; of those who decided, their passkeys.
+// decisions, its intents and their outcomes; of those who decided, their passkeys;
+// and the freezes in force.
 // With a request named it returns that one alone, also where it is closed and
 // only its idempotency key is remembered; none where it is neither.
 func (l *Ledger) OpenSet(ctx context.Context, request string) (*store.Appended, error) {
 	var h *head
 	var rs []*store.Request
+	var idx []int64
 	if request == "" {
-		h, rs = l.snapshot()
+		var freezes []store.Freeze
+		h, rs, freezes = l.snapshot()
+		for _, f := range freezes {
+			idx = append(idx, f.Index)
+		}
 	} else {
 		h, rs = l.snapshotOf(request)
 	}
-	var idx []int64
 	var people []string
 	for _, r := range rs {
 		if request == "" && !r.Open() {
