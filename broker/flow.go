@@ -619,11 +619,11 @@ func (b *Broker) state(ctx context.Context) error {
 			return ctx.Err()
 		}
 	}
-	gen, err := b.Inflight.Generation(ctx)
+	since, err := b.Inflight.Since(ctx)
 	if err != nil {
 		return err
 	}
-	if gen == "" {
+	if since.IsZero() {
 		return b.rebuild(ctx)
 	}
 	return nil

@@ -155,7 +155,7 @@ func manyAtOnce(t *testing.T, nodes []*node, a broker.Ask, n int) (replies []*br
 func TestFiftyCallsUnderOneKeyAtTwoBrokersMintOnce(t *testing.T) {
 	lie := func(s *inflight.Store) {
 		ctx := context.Background()
-		_ = s.Rebuild(ctx, "a lie", []inflight.Request{{ID: "req_0", Orchestrator: "demo", Run: "x", Step: "step-1", Status: "failed", Expires: time.Now()}})
+		_ = s.Rebuild(ctx, []inflight.Request{{ID: "req_0", Orchestrator: "demo", Run: "x", Step: "step-1", Status: "failed", Expires: time.Now()}})
 	}
 	for name, meddle := range map[string]func(*redistest.Server, *inflight.Store){
 		"Redis well":    func(*redistest.Server, *inflight.Store) {},

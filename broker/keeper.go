@@ -195,7 +195,7 @@ func (b *Broker) rebuild(ctx context.Context) error {
 		}
 		return false
 	})
-	return b.Inflight.Rebuild(ctx, store.NewID(), open)
+	return b.Inflight.Rebuild(ctx, open)
 }
 
 // PolicyLoaded puts on record which catalogue and policy are in force. old is

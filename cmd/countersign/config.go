@@ -111,11 +111,6 @@ type appRoleConfig struct {
 	SecretID string `yaml:"secret_id_file"` // file, read again at each login
 }
 
-type redisConfig struct {
-	URL      string `yaml:"url_file"` // file of a URL, which may hold a password: redis://[user:password@]host:port[/db], or rediss:// for TLS; several brokers share one
-	Embedded bool   `yaml:"embedded"` // true: a Redis inside this process, for a single broker
-}
-
 // callersConfig says who may call as an orchestrator or a resource server.
 type callersConfig struct {
 	Tokens string              `yaml:"tokens"` // file of token hashes, as `countersign token` keeps it
@@ -164,8 +159,9 @@ func (c *serveConfig) check() error {
 		return errors.New("vault: set either token_file or approle")
 	case c.Orchestrators.Tokens == "" && len(c.Orchestrators.OIDC) == 0:
 		return errors.New("orchestrators: set tokens, oidc or both; otherwise nobody can ask")
-	case (c.Redis.URL == "") == !c.Redis.Embedded:
-		return errors.New("redis: set either url_file (several brokers share one) or embedded: true (a single broker)")
+	}
+	if err := c.Redis.check(); err != nil {
+		return err
 	}
 	for _, kv := range [][2]string{{"recorder.url", c.Recorder.URL}, {"recorder.page", cmp.Or(c.Recorder.Page, c.Recorder.URL)}, {"vault.addr", c.Vault.Addr}} {
 		if err := secureURL(kv[1]); err != nil {

@@ -105,6 +105,17 @@ func TestAConfigurationThatShouldNotRunIsRefusedWithItsPlace(t *testing.T) {
 		{"two logins to Vault", "namespace: n", "namespace: n, token_file: t", "either token_file or approle"},
 		{"two Redis", "embedded: true", "embedded: true, url_file: r", "either url_file"},
 		{"no Redis", "redis: {embedded: true}", "", "either url_file"},
+		{"an embedded Redis with a password", "embedded: true", "embedded: true, password_file: p", "stands alone"},
+		{"a Redis URL and a user", "embedded: true", "url_file: r, username: u, password_file: p", "stand in the URL"},
+		{"a Redis URL of a Cluster", "embedded: true", "url_file: r, cluster: true", "names one server"},
+		{"a Cluster with Sentinels", "embedded: true", "addrs: [\"a:1\"], cluster: true, sentinel_master: m", "either cluster or sentinel_master"},
+		{"a database in a Cluster", "embedded: true", "addrs: [\"a:1\"], cluster: true, db: 1", "no databases"},
+		{"a Sentinel's password without Sentinels", "embedded: true", "addrs: [\"a:1\"], sentinel_password_file: p", "set sentinel_master"},
+		{"several Redis of no kind", "embedded: true", "addrs: [\"a:1\", \"b:1\"]", "say which"},
+		{"a Redis user without password", "embedded: true", "addrs: [\"a:1\"], username: u", "needs its password"},
+		{"half a client certificate for Redis", "embedded: true", "addrs: [\"a:1\"], tls: {cert: c}", "cert and key go together"},
+		{"a Redis address that is a URL", "embedded: true", "addrs: [\"redis://a\"]", "redis: addrs: "},
+		{"a pattern as prefix", "embedded: true", "addrs: [\"a:1\"], prefix: \"*\"", "mean something to Redis"},
 		{"a gateway in the clear", "0.0.0.0:8789, cert: tls.pem, key: tls.key", "0.0.0.0:8789", "gateway.http: listen.addr 0.0.0.0:8789"},
 		{"tokens in the clear", `"https://gateway`, `"http://gateway`, "gateway.http: url: "},
 		{"a gateway below a path", "com:8789/", "com:8789/api", "more than scheme, host and port"},
@@ -124,6 +135,12 @@ func TestAConfigurationThatShouldNotRunIsRefusedWithItsPlace(t *testing.T) {
 				t.Errorf("got %v, want %q", err, c.want)
 			}
 		})
+	}
+	for _, redis := range []string{"url_file: r", "url_file: r, tls: {ca: c}", "addrs: [\"a:1\"], username: u, password_file: p, db: 2, tls: {}, prefix: \"blue:\"",
+		"addrs: [\"a:1\", \"b:1\"], sentinel_master: m, sentinel_username: u, sentinel_password_file: p", "addrs: [\"a:1\", \"b:1\"], cluster: true"} {
+		if err := loadServe(t, strings.Replace(wholeServe, "embedded: true", redis, 1)); err != nil {
+			t.Errorf("redis: {%s}: %v", redis, err)
+		}
 	}
 	if err := loadServe(t, strings.Replace(wholeServe, "0.0.0.0:8787, cert: tls.pem, key: tls.key", "0.0.0.0:8787, insecure_listen: true", 1)); err != nil {
 		t.Errorf("insecure_listen: %v", err)

@@ -141,6 +141,11 @@ func (c *serveConfig) examine(ctx context.Context) []finding {
 		d.secret("vault.approle.secret_id_file", c.Vault.AppRole.SecretID)
 	}
 	d.secret("redis.url_file", c.Redis.URL)
+	d.secret("redis.password_file", c.Redis.Password)
+	d.secret("redis.sentinel_password_file", c.Redis.SentinelPassword)
+	if c.Redis.TLS != nil {
+		d.secret("redis.tls.key", c.Redis.TLS.Key)
+	}
 
 	// What the doctor sees of the log is not what the broker has seen: its head
 	// file is the broker's to write.
@@ -158,8 +163,8 @@ func (c *serveConfig) examine(ctx context.Context) []finding {
 		d.look("recorder", fmt.Errorf("%w; is it up, is recorder.log_key its key, and recorder.writer's token in its token file?", err), "")
 	}
 	d.vault(ctx, o)
-	if o.redis != "" {
-		s, err := inflight.Open(inflight.Options{URL: o.redis})
+	if !c.Redis.Embedded {
+		s, err := inflight.Open(o.redis)
 		if err == nil {
 			err = s.Ping(ctx)
 			_ = s.Close()

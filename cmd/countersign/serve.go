@@ -120,10 +120,8 @@ func (c *serveConfig) options(log *zap.Logger) (*machinesOptions, error) {
 			return nil, fmt.Errorf("orchestrators.oidc: %w", err)
 		}
 	}
-	if c.Redis.URL != "" {
-		if o.redis, err = readSecret(c.Redis.URL); err != nil {
-			return nil, fmt.Errorf("redis.url_file: %w", err)
-		}
+	if o.redis, err = c.Redis.options(); err != nil {
+		return nil, err
 	}
 	if c.Gateway != nil {
 		if o.gateway, err = c.Gateway.options(); err != nil {
@@ -179,7 +177,7 @@ type machinesOptions struct {
 	tokens                         *auth.Tokens  // nil: none
 	oidc                           *auth.Issuers // nil: none
 	vault                          issuer.Config // address and login; an empty address: none
-	redis                          string        // URL; empty: embedded
+	redis                          inflight.Options
 	firstTTL                       time.Duration
 	gateway                        *gateway.Config // the access path, but for what it shares with the broker; nil: none
 	proxyCA                        string          // directory of the forward proxy's authority; empty: no forward proxy
@@ -218,7 +216,7 @@ func openMachines(ctx context.Context, o *machinesOptions) (_ *machines, err err
 		return nil, err
 	}
 	m.warnMissing(ctx)
-	if m.inflight, err = inflight.Open(inflight.Options{URL: o.redis}); err != nil {
+	if m.inflight, err = inflight.Open(o.redis); err != nil {
 		return nil, err
 	}
 	if o.gateway != nil {

@@ -1,12 +1,16 @@
 // Package inflight shares between brokers what is under way: where a request
-// stands, which credentials a step has, who is ending one. It makes the broker
-// quick and never right: the ledger alone decides what may be minted and what is
-// live, and what is live is written here again from it when Redis comes back
-// empty. No secret, no reason and no subject is ever written to it.
+// stands, which credentials a step has, who is ending one, how much of its
+// limits a caller has used. It makes the broker quick and never right: the
+// ledger alone decides what may be minted and what is live, and what is live is
+// written here again from it when Redis comes back empty. No secret, no reason
+// and no subject is ever written to it.
+//
+// Each command is about one key, so that a Redis Cluster takes them all.
 package inflight
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"strconv"
@@ -17,6 +21,7 @@ import (
 
 	"github.com/alicebob/miniredis/v2"
 	"github.com/go-json-experiment/json"
+	"github.com/go-redis/redis_rate/v10"
 	"github.com/redis/go-redis/v9"
 	"github.com/redis/go-redis/v9/maintnotifications"
 )
@@ -25,13 +30,26 @@ import (
 // before an intent is written issues nothing.
 var ErrUnavailable = errors.New("state unavailable")
 
-// Options say where the state is kept.
+// Options say where the state is kept: in the server of URL, in those of Addrs,
+// or, where both are empty, in a Redis embedded in this process, for one broker
+// alone.
 type Options struct {
-	// URL of the Redis server (redis://user:password@host:port/db, rediss://).
-	// Empty: a Redis embedded in this process, for one broker alone.
+	// URL of one server (redis://user:password@host:port/db, rediss://).
 	URL string
-	// Prefix is put before every key, so that brokers and recorder may share a
-	// server under ACL users of their own. "countersign:" by default.
+	// Addrs (host:port) are one server, some nodes of a Redis Cluster, or the
+	// Sentinels that know where SentinelMaster is.
+	Addrs              []string
+	Cluster            bool
+	SentinelMaster     string
+	Username, Password string
+	// SentinelUsername and SentinelPassword are for the Sentinels themselves.
+	SentinelUsername, SentinelPassword string
+	DB                                 int
+	// TLS is how servers and Sentinels are spoken to. Nil: in the clear, but for
+	// a URL that begins with rediss.
+	TLS *tls.Config
+	// Prefix is put before every key, so that several deployments may share a
+	// server under ACL users of their own. DefaultPrefix where it is empty.
 	Prefix string
 	// Timeout bounds each call; 1 s by default.
 	Timeout time.Duration
@@ -40,14 +58,32 @@ type Options struct {
 	StatusLife time.Duration
 }
 
+// DefaultPrefix is what every key begins with unless Options say otherwise.
+const DefaultPrefix = "countersign:"
+
+// ACLRules are the rules of the Redis ACL user that a broker needs: these
+// commands, on keys that begin with prefix, and nothing else. For a server's
+// ACL file or ACL SETUSER, after the user's name and password. A Cluster's nodes
+// need ClusterACLRules beside them.
+func ACLRules(prefix string) string {
+	return "resetkeys ~" + prefix + "* resetchannels -@all" +
+		" +ping +select +get +set +del +sadd +srem +smembers +pexpire +expireat" +
+		" +zadd +zrem +zcard +zscore +zremrangebyscore +zrange +eval +evalsha +time"
+}
+
+// ClusterACLRules are what a client of a Redis Cluster asks of its nodes
+// besides: where which keys are.
+const ClusterACLRules = "+cluster|slots +cluster|shards +command"
+
 // Store is a connection to Redis. It is safe for concurrent use.
 type Store struct {
-	c       *redis.Client
+	c       redis.UniversalClient
+	rates   *redis_rate.Limiter
 	prefix  string
 	timeout time.Duration
 	life    time.Duration
-	mini    *miniredis.Miniredis   // nil: a real server
-	built   atomic.Pointer[string] // the generation that Rebuild set last
+	mini    *miniredis.Miniredis // nil: a real server
+	built   atomic.Int64         // of the embedded server: since when it holds what was written, in ms; 0: it does not
 	puts    chan *putting
 	asks    chan chan generation
 	stop    chan struct{}
@@ -78,41 +114,67 @@ func (silent) Printf(context.Context, string, ...any) {}
 func Open(o Options) (*Store, error) {
 	s := &Store{prefix: o.Prefix, timeout: o.Timeout, life: o.StatusLife, stop: make(chan struct{}), puts: make(chan *putting, 256), asks: make(chan chan generation, 256)}
 	if s.prefix == "" {
-		s.prefix = "countersign:"
+		s.prefix = DefaultPrefix
 	}
 	if s.timeout <= 0 {
 		s.timeout = time.Second
 	}
 	if s.life <= 0 {
 		s.life = 24 * time.Hour
-		if o.URL == "" {
+		if o.URL == "" && len(o.Addrs) == 0 {
 			s.life = time.Hour
 		}
 	}
-	opt := &redis.Options{}
-	if o.URL == "" {
+	if o.URL == "" && len(o.Addrs) == 0 {
 		s.mini = miniredis.NewMiniRedis()
 		if err := s.mini.StartAddr("127.0.0.1:0"); err != nil {
 			return nil, fmt.Errorf("start the embedded Redis: %w", err)
 		}
-		opt.Addr = s.mini.Addr()
+		o.Addrs = []string{s.mini.Addr()}
 		s.done.Go(s.driveClock)
-	} else {
-		var err error
-		if opt, err = redis.ParseURL(o.URL); err != nil {
-			return nil, errors.New("the Redis URL is not of the form redis://[user:password@]host:port[/db]") // err would quote the password
-		}
 	}
-	opt.DialTimeout, opt.ReadTimeout, opt.WriteTimeout = s.timeout, s.timeout, s.timeout
-	opt.ContextTimeoutEnabled = true
-	opt.MaxRetries = 1
-	opt.DialerRetries = 1 // a Redis that is down is to be known as down at once
-	opt.DisableIdentity = true
-	opt.MaintNotificationsConfig = &maintnotifications.Config{Mode: maintnotifications.ModeDisabled}
-	s.c = redis.NewClient(opt)
+	var err error
+	if s.c, err = s.connect(o); err != nil {
+		return nil, err
+	}
+	s.rates = redis_rate.NewLimiter(prefixed{s.c, s.prefix})
 	s.done.Go(s.putLoop)
 	s.done.Go(s.askLoop)
 	return s, nil
+}
+
+// connect returns the client for what o names. It does not turn to the server.
+func (s *Store) connect(o Options) (redis.UniversalClient, error) {
+	u := &redis.UniversalOptions{
+		Addrs: o.Addrs, MasterName: o.SentinelMaster, IsClusterMode: o.Cluster, DB: o.DB, TLSConfig: o.TLS,
+		Username: o.Username, Password: o.Password, SentinelUsername: o.SentinelUsername, SentinelPassword: o.SentinelPassword,
+		DialTimeout: s.timeout, ReadTimeout: s.timeout, WriteTimeout: s.timeout, ContextTimeoutEnabled: true, MaxRetries: 1,
+		DialerRetries:            1, // a Redis that is down is to be known as down at once
+		DisableIdentity:          true,
+		MaintNotificationsConfig: &maintnotifications.Config{Mode: maintnotifications.ModeDisabled},
+	}
+	switch {
+	case o.URL == "" && len(o.Addrs) > 1 && !o.Cluster && o.SentinelMaster == "":
+		return nil, errors.New("several Redis addresses are a Cluster's, or Sentinels': say which")
+	case o.URL == "":
+		return redis.NewUniversalClient(u), nil
+	}
+	opt, err := redis.ParseURL(o.URL)
+	if err != nil {
+		return nil, errors.New("the Redis URL is not of the form redis://[user:password@]host:port[/db]") // err would quote the password
+	}
+	if o.TLS != nil {
+		if opt.TLSConfig == nil {
+			return nil, errors.New("the Redis URL begins with redis, not rediss, and keys for TLS are named")
+		}
+		c := o.TLS.Clone()
+		c.ServerName = opt.TLSConfig.ServerName
+		opt.TLSConfig = c
+	}
+	opt.DialTimeout, opt.ReadTimeout, opt.WriteTimeout = u.DialTimeout, u.ReadTimeout, u.WriteTimeout
+	opt.ContextTimeoutEnabled, opt.MaxRetries, opt.DialerRetries = u.ContextTimeoutEnabled, u.MaxRetries, u.DialerRetries
+	opt.DisableIdentity, opt.MaintNotificationsConfig = u.DisableIdentity, u.MaintNotificationsConfig
+	return redis.NewClient(opt), nil
 }
 
 // driveClock moves the embedded Redis's clock: miniredis lets keys expire only
@@ -161,41 +223,40 @@ func (s *Store) Ping(ctx context.Context) error {
 	return s.call(ctx, "ping", func(ctx context.Context) error { return s.c.Ping(ctx).Err() })
 }
 
-// Generation returns the marker that Rebuild set, or an empty string where
-// Redis holds none: it was emptied, or is new, and must be rebuilt. Those who
-// ask while a round trip to Redis is under way share the next one, so that each
+// Since returns when Redis was rebuilt last; the zero time where it was emptied
+// since, or is new, and must be rebuilt. Those who ask while a round trip to Redis is under way share the next one, so that each
 // answer is younger than its question.
 //
 // The embedded Redis is as much there as this process, and loses nothing while
-// it lives: its marker is known without asking.
-func (s *Store) Generation(ctx context.Context) (string, error) {
-	if built := s.built.Load(); s.mini != nil && built != nil {
-		return *built, nil
+// it lives: it is known without asking.
+func (s *Store) Since(ctx context.Context) (time.Time, error) {
+	if built := s.built.Load(); s.mini != nil && built != 0 {
+		return time.UnixMilli(built), nil
 	}
 	answer := make(chan generation, 1)
 	select {
 	case s.asks <- answer:
 	case <-s.stop:
-		return "", fmt.Errorf("%w: closed", ErrUnavailable)
+		return time.Time{}, fmt.Errorf("%w: closed", ErrUnavailable)
 	case <-ctx.Done():
-		return "", fmt.Errorf("%w: read the generation: %v", ErrUnavailable, ctx.Err())
+		return time.Time{}, fmt.Errorf("%w: read since when it is: %v", ErrUnavailable, ctx.Err())
 	}
 	select {
 	case g := <-answer:
-		return g.marker, g.err
+		return g.since, g.err
 	case <-s.stop:
-		return "", fmt.Errorf("%w: closed", ErrUnavailable)
+		return time.Time{}, fmt.Errorf("%w: closed", ErrUnavailable)
 	case <-ctx.Done():
-		return "", fmt.Errorf("%w: read the generation: %v", ErrUnavailable, ctx.Err())
+		return time.Time{}, fmt.Errorf("%w: read since when it is: %v", ErrUnavailable, ctx.Err())
 	}
 }
 
 type generation struct {
-	marker string
-	err    error
+	since time.Time
+	err   error
 }
 
-// askLoop answers Generation.
+// askLoop answers Since.
 func (s *Store) askLoop() {
 	for {
 		waiting, ok := drain(s.asks, s.stop)
@@ -203,16 +264,29 @@ func (s *Store) askLoop() {
 			return
 		}
 		var g generation
-		g.err = s.call(context.Background(), "read the generation", func(ctx context.Context) (err error) {
-			if g.marker, err = s.c.Get(ctx, s.key("generation")).Result(); errors.Is(err, redis.Nil) {
-				g.marker, err = "", nil
-			}
+		g.err = s.call(context.Background(), "read since when it is", func(ctx context.Context) (err error) {
+			g.since, err = s.since(ctx)
 			return err
 		})
 		for _, w := range waiting {
 			w <- g
 		}
 	}
+}
+
+func (s *Store) since(ctx context.Context) (time.Time, error) {
+	marker, err := s.c.Get(ctx, s.key("generation")).Result()
+	if errors.Is(err, redis.Nil) {
+		return time.Time{}, nil
+	}
+	if err != nil {
+		return time.Time{}, err
+	}
+	ms, err := strconv.ParseInt(marker, 10, 64)
+	if err != nil {
+		ms = 1 // an older version's, which was an ID
+	}
+	return time.UnixMilli(ms), nil
 }
 
 // drain waits for one item and takes with it all that have queued up. It is
@@ -236,9 +310,9 @@ func drain[T any](queue chan T, stop chan struct{}) (all []T, ok bool) {
 }
 
 // Rebuild writes live, the requests with a live credential or an open intent,
-// and then the marker generation. A crash before the marker leaves Redis
-// found empty, and it is rebuilt again.
-func (s *Store) Rebuild(ctx context.Context, generation string, live []Request) error {
+// and then, where there is none, the marker of since when it holds them. A
+// crash before the marker leaves Redis found empty, and it is rebuilt again.
+func (s *Store) Rebuild(ctx context.Context, live []Request) error {
 	for len(live) > 0 {
 		n := min(len(live), 500)
 		err := s.call(ctx, "rebuild", func(ctx context.Context) error {
@@ -256,13 +330,17 @@ func (s *Store) Rebuild(ctx context.Context, generation string, live []Request) 
 		}
 		live = live[n:]
 	}
-	err := s.call(ctx, "set the generation", func(ctx context.Context) error {
-		return s.c.Set(ctx, s.key("generation"), generation, 0).Err()
+	return s.call(ctx, "note since when it is", func(ctx context.Context) error {
+		err := s.c.SetArgs(ctx, s.key("generation"), strconv.FormatInt(time.Now().UnixMilli(), 10), redis.SetArgs{Mode: "NX"}).Err()
+		if err != nil && !errors.Is(err, redis.Nil) {
+			return err
+		}
+		since, err := s.since(ctx)
+		if err == nil && !since.IsZero() {
+			s.built.Store(since.UnixMilli())
+		}
+		return err
 	})
-	if err == nil {
-		s.built.Store(&generation)
-	}
-	return err
 }
 
 // Put notes where a request stands. A live credential (Expires set) joins its

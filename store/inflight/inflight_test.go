@@ -12,17 +12,24 @@ import (
 	"github.com/countersign-dev/countersign/store/inflight/redistest"
 )
 
-func open(t *testing.T, url string) *inflight.Store {
-	s, err := inflight.Open(inflight.Options{URL: url})
+func open(t *testing.T, o inflight.Options) *inflight.Store {
+	s, err := inflight.Open(o)
 	check(t, err)
 	t.Cleanup(func() { _ = s.Close() })
 	return s
 }
 
+// start runs a redis-server in which all that the tests do is done by the ACL
+// user that the documentation names.
+func start(t *testing.T) (*redistest.Server, inflight.Options) {
+	srv := redistest.StartACL(t, "broker", "planted-password", inflight.ACLRules(inflight.DefaultPrefix))
+	return srv, inflight.Options{URL: "redis://broker:planted-password@" + srv.Addr()}
+}
+
 // both runs a test against a real redis-server and the embedded one.
 func both(t *testing.T, fn func(t *testing.T, s *inflight.Store)) {
-	t.Run("redis", func(t *testing.T) { fn(t, open(t, redistest.Start(t).URL())) })
-	t.Run("embedded", func(t *testing.T) { fn(t, open(t, "")) })
+	t.Run("redis", func(t *testing.T) { _, o := start(t); fn(t, open(t, o)) })
+	t.Run("embedded", func(t *testing.T) { fn(t, open(t, inflight.Options{})) })
 }
 
 func check(t *testing.T, err error) {
@@ -37,7 +44,8 @@ func request(id string, expires time.Time) inflight.Request {
 }
 
 func TestAStepHoldsItsLiveCredentialsAndNotWhatWasClosed(t *testing.T) {
-	s := open(t, redistest.Start(t).URL())
+	_, o := start(t)
+	s := open(t, o)
 	ctx, now := t.Context(), time.Now()
 	check(t, s.Put(ctx, request("req_b", now.Add(time.Second))))
 	check(t, s.Put(ctx, request("req_a", now.Add(time.Hour))))
@@ -70,21 +78,27 @@ func TestWhereARequestStandsIsKept(t *testing.T) {
 
 func TestAnEmptyRedisIsNoticedAndARebuiltOneIsNot(t *testing.T) {
 	both(t, func(t *testing.T, s *inflight.Store) {
-		gen, err := s.Generation(t.Context())
+		since, err := s.Since(t.Context())
 		check(t, err)
-		if gen != "" {
-			t.Fatalf("a new Redis has generation %q", gen)
+		if !since.IsZero() {
+			t.Fatalf("a new Redis holds what was written since %v", since)
 		}
 		var live []inflight.Request
 		for _, id := range []string{"req_1", "req_2"} {
 			live = append(live, request(id, time.Now()))
 		}
-		check(t, s.Rebuild(t.Context(), "g1", live))
-		gen, err = s.Generation(t.Context())
+		before := time.Now()
+		check(t, s.Rebuild(t.Context(), live))
+		since, err = s.Since(t.Context())
 		check(t, err)
 		ids, _ := s.Step(t.Context(), "demo", "r", "s")
-		if gen != "g1" || len(ids) != 2 {
-			t.Fatalf("generation %q, live %v", gen, ids)
+		if since.Before(before.Truncate(time.Millisecond)) || len(ids) != 2 {
+			t.Fatalf("since %v, live %v", since, ids)
+		}
+		// Another broker that starts changes nothing: it was not emptied.
+		check(t, s.Rebuild(t.Context(), live))
+		if again, err := s.Since(t.Context()); err != nil || !again.Equal(since) {
+			t.Errorf("since %v, then %v, %v", since, again, err)
 		}
 	})
 }
@@ -115,28 +129,29 @@ func TestAClaimIsTakenOnceUntilItEnds(t *testing.T) {
 }
 
 func TestAGoneRedisIsUnavailableAndComesBackEmpty(t *testing.T) {
-	srv := redistest.Start(t)
-	s, err := inflight.Open(inflight.Options{URL: srv.URL(), Timeout: 200 * time.Millisecond})
-	check(t, err)
-	defer func() { _ = s.Close() }()
-	check(t, s.Rebuild(t.Context(), "g1", nil))
+	srv, o := start(t)
+	o.Timeout = 200 * time.Millisecond
+	s := open(t, o)
+	check(t, s.Rebuild(t.Context(), nil))
 	srv.Stop()
 	ctx := t.Context()
-	_, e1 := s.Generation(ctx)
+	_, e1 := s.Since(ctx)
 	_, e2 := s.Request(ctx, "x")
 	_, e3 := s.Claim(ctx, "x", time.Second)
 	_, e4 := s.Step(ctx, "demo", "r", "s")
-	for i, err := range []error{e1, e2, e3, e4, s.Ping(ctx), s.Put(ctx, request("x", time.Now()))} {
+	_, e5 := s.Take(ctx, "x", "y", 1, time.Second)
+	_, e6 := s.Charge(ctx, "x", inflight.Rate{N: 1, Burst: 1, Per: time.Second}, time.Time{})
+	for i, err := range []error{e1, e2, e3, e4, e5, e6, s.Hold(ctx, "x", []string{"y"}, time.Second), s.Free(ctx, map[string][]string{"x": {"y"}}), s.Ping(ctx), s.Put(ctx, request("x", time.Now()))} {
 		if !errors.Is(err, inflight.ErrUnavailable) {
 			t.Errorf("call %d: %v", i, err)
 		}
 	}
 	srv.Run()
 	for end := time.Now().Add(5 * time.Second); ; time.Sleep(20 * time.Millisecond) {
-		gen, err := s.Generation(ctx)
+		since, err := s.Since(ctx)
 		if err == nil {
-			if gen != "" {
-				t.Fatalf("generation %q", gen)
+			if !since.IsZero() {
+				t.Fatalf("since %v", since)
 			}
 			return
 		}
@@ -160,7 +175,8 @@ func TestAnErrorNeverNamesThePasswordOfTheURL(t *testing.T) {
 }
 
 func TestWhichSessionIsCutIsToldForAWhile(t *testing.T) {
-	s := open(t, redistest.Start(t).URL())
+	_, o := start(t)
+	s := open(t, o)
 	check(t, s.Cut(t.Context(), "req_1 intent-1 requested", time.Now().Add(time.Minute)))
 	check(t, s.Cut(t.Context(), "req_2 intent-2 requested", time.Now().Add(-time.Minute)))
 	told, err := s.Cuts(t.Context())
