@@ -135,7 +135,9 @@ func (b *Broker) attend(ctx context.Context, p *plan, r *store.Request) (reply *
 		}
 		// What the index knows may be later than what the recorder said, or
 		// earlier: then what comes next wakes this call.
-		if t, known := w.latest(); known && said && t.after(r) {
+		if t, known := w.latest(); known && t.minting && t.condemned == store.CauseFrozen {
+			return nil, false, ErrFrozen
+		} else if known && said && t.after(r) {
 			r, waited, said = t.request(), true, false
 			continue
 		} else if !known {
@@ -438,6 +440,8 @@ func (b *Broker) collect(ctx context.Context, p *plan, id string, waited bool) (
 	done, err := b.append(work, intent)
 	if oe, refused := store.IsOrder(err); refused {
 		switch r := oe.Request; {
+		case oe.Code == store.OrderFrozen:
+			return nil, nil, err
 		case r == nil:
 			return nil, nil, ErrClosed
 		case r.Status == store.StatusApproved && !r.Minting && oe.Code == store.OrderNotOpen:

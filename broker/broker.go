@@ -94,6 +94,8 @@ type Broker struct {
 	gate      sync.Mutex     // guards draining against work, and tries
 	tries     map[string]try // by request
 	announced atomic.Bool    // policy.loaded is on record
+	closings  closings
+	unrevoked *unrevoked
 
 	ctx      context.Context // ends when the broker has drained
 	cancel   context.CancelFunc

@@ -62,6 +62,9 @@ func (b *Broker) Request(ctx context.Context, c Caller, ask Ask) (*Reply, error)
 		if err := b.reaches(p.verdict.Grant); err != nil {
 			return nil, err
 		}
+		if b.index.covered(c.Orchestrator, ask.Run, ask.Step, ask.Scope) {
+			return nil, b.frozen(ctx, p)
+		}
 	}
 	if err == nil && p.verdict.Err != nil {
 		if t, waits := b.index.joined(p.join); waits && t.body == p.body {
@@ -89,11 +92,11 @@ func (b *Broker) Request(ctx context.Context, c Caller, ask Ask) (*Reply, error)
 		}
 		oe, joined := store.IsOrder(err, store.OrderJoined)
 		if !joined || oe.Request == nil {
-			return reply, err
+			return reply, b.stopped(ctx, p, "", err)
 		}
 		reply, again, err := b.join(ctx, p, oe.Request)
 		if !again {
-			return reply, err
+			return reply, b.stopped(ctx, p, oe.Request.ID, err)
 		}
 	}
 	return nil, ErrClosed
@@ -229,8 +232,13 @@ type mint struct {
 func (b *Broker) mint(caller, ctx context.Context, p *plan, m mint) (reply *Reply, err error) {
 	request := m.story.Request
 	defer func() {
-		if err != nil {
-			b.calls.answered(request, b.Now())
+		if err == nil {
+			return
+		}
+		b.calls.answered(request, b.Now())
+		// Another broker may have revoked it before this one was through.
+		if t, ok := b.index.get(request); ok && t.stoppedByFreeze() || b.index.covered(m.story.Orchestrator, m.story.Run, m.story.Step, m.story.Action) {
+			err = ErrFrozen
 		}
 	}()
 	// A crash in Mint or after it leaves a secret that nobody holds. It dies by
@@ -400,6 +408,8 @@ func (b *Broker) join(ctx context.Context, p *plan, r *store.Request) (reply *Re
 	for {
 		t, known := w.latest()
 		switch {
+		case known && t.condemned == store.CauseFrozen:
+			return nil, false, ErrFrozen
 		case known && (t.minting || t.status == store.StatusApproved):
 		case known && t.status == store.StatusFailed && t.attempt <= 1:
 			return nil, true, nil
@@ -508,6 +518,9 @@ func (b *Broker) retry(ctx context.Context, p *plan, r *store.Request) (*Reply, 
 	done, err := b.append(work, subs...)
 	if err != nil {
 		b.calls.answered(r.ID, b.Now()) // another try may follow
+	}
+	if _, frozen := store.IsOrder(err, store.OrderFrozen); frozen {
+		return nil, err
 	}
 	if _, refused := store.IsOrder(err); refused {
 		return nil, ErrClosed // another broker's retry was quicker

@@ -33,6 +33,7 @@ type tracked struct {
 	forget   time.Time           // when a closed, keyed request is forgotten
 
 	condemned string // why a live credential is to end before its time
+	frozen    bool   // a freeze condemned it
 
 	pending *store.Pending // what people were asked, nil where they were not; never changed in place
 	drawn   string         // the request whose standing approval this one draws on
@@ -68,9 +69,12 @@ type index struct {
 	joins     map[string]string           // of a request that people decide to its ID
 	standing  map[string]bool             // requests with an approval for their whole run
 	waiting   map[string]map[*waiter]bool
-	closed    []string       // gone, to be dropped once the follower has passed them
-	own       map[int64]bool // entries applied from acknowledgements, which the follower will bring again
-	cursor    int64          // all entries up to this index were applied
+	freezes   map[string]*store.Freeze // in force, by ID; nil: lifted
+	frozen    map[string]bool          // requests whose credential a freeze condemned
+	froze     chan struct{}            // receives when there is more in frozen
+	closed    []string                 // gone, to be dropped once the follower has passed them
+	own       map[int64]bool           // entries applied from acknowledgements, which the follower will bring again
+	cursor    int64                    // all entries up to this index were applied
 	synced    bool
 	following bool
 	ready     chan struct{} // closed once synced
@@ -85,6 +89,7 @@ type stepKey struct{ orchestrator, run, step string }
 func newIndex() *index {
 	return &index{requests: map[string]*tracked{}, steps: map[stepKey]map[string]bool{},
 		serials: map[string]string{}, joins: map[string]string{}, standing: map[string]bool{}, own: map[int64]bool{}, waiting: map[string]map[*waiter]bool{}, cursor: -1, ready: make(chan struct{}),
+		freezes: map[string]*store.Freeze{}, frozen: map[string]bool{}, froze: make(chan struct{}, 1),
 		ended: func(string) {}}
 }
 
@@ -145,6 +150,14 @@ func parse(a *store.Appended) ([]placed, error) {
 }
 
 func (x *index) one(e *store.Entry, at int64) {
+	switch e.Type {
+	case store.FreezeSet:
+		x.freeze(e, at)
+		return
+	case store.FreezeLifted:
+		x.thaw(e)
+		return
+	}
 	t := x.requests[e.Request]
 	if t != nil && at <= t.last {
 		return
@@ -159,7 +172,8 @@ func (x *index) one(e *store.Entry, at int64) {
 		if d, err := store.DetailsAs[store.IssuingDetails](e); err == nil {
 			x.ended(t.intent)
 			t.intent, t.attempt, t.minting, t.live, t.writer, t.intentAt, t.gone = e.ID, d.Attempt, true, false, e.Writer, e.Time.Time, false
-			t.forget, t.condemned, t.place = time.Time{}, "", at
+			t.forget, t.condemned, t.frozen, t.place = time.Time{}, "", false, at
+			delete(x.frozen, e.Request)
 			// What follows repeats the decision that let it be minted.
 			story := *t.story
 			story.Decision = e.Decision
@@ -170,6 +184,12 @@ func (x *index) one(e *store.Entry, at int64) {
 			}
 			x.steps[k][e.Request] = true
 			t.status = store.StatusApproved
+			for _, f := range x.freezes {
+				// One that is lifted, and was when the intent came on record, is none.
+				if f != nil && f.Index > at {
+					x.stop(t, f)
+				}
+			}
 		}
 	case store.CredentialIssued:
 		if d, err := store.DetailsAs[store.IssuedDetails](e); err == nil {
@@ -177,12 +197,16 @@ func (x *index) one(e *store.Entry, at int64) {
 			if d.Serial != "" {
 				x.serials[d.Serial] = e.Request
 			}
+			if t.frozen {
+				x.stopped(e.Request)
+			}
 		}
 	case store.CredentialFailed, store.CredentialAbandoned:
 		x.failed(t, e.Time.Time)
 	case store.CredentialRevoked, store.CredentialExpired:
 		x.ended(t.intent)
-		t.live, t.status, t.condemned = false, store.StatusClosed, ""
+		t.live, t.status, t.condemned, t.frozen = false, store.StatusClosed, "", false
+		delete(x.frozen, e.Request)
 		if e.Cause != nil {
 			t.cause = *e.Cause
 		}
@@ -202,6 +226,10 @@ func (x *index) one(e *store.Entry, at int64) {
 		t.status, t.gone = store.StatusWithdrawn, true
 		x.close(t, e.Time.Time)
 	case store.RequestVoid:
+		t.cause = ""
+		if e.Cause != nil {
+			t.cause = *e.Cause
+		}
 		x.refused(t, store.StatusVoid, e.Time.Time)
 	}
 	x.wake(e.Request)
@@ -277,7 +305,7 @@ func (x *index) refused(t *tracked, as store.Status, at time.Time) {
 func (x *index) failed(t *tracked, at time.Time) {
 	t.minting = false
 	if t.pending != nil && t.attempt <= 1 {
-		t.status, t.attempt, t.condemned = store.StatusApproved, 0, ""
+		t.status, t.attempt, t.condemned, t.frozen = store.StatusApproved, 0, "", false
 		x.left(t)
 		return
 	}
@@ -338,6 +366,7 @@ func (x *index) drop() {
 func (x *index) delete(id string, t *tracked) {
 	delete(x.requests, id)
 	delete(x.standing, id)
+	delete(x.frozen, id)
 	if x.joins[t.join] == id {
 		delete(x.joins, t.join)
 	}
@@ -366,6 +395,7 @@ func (x *index) merge(open []placed, size int64, now time.Time) (ended []string)
 		x.one(p.Entry, p.Index)
 	}
 	x.settle(open, size)
+	x.lifted(open, size)
 	for id, t := range x.requests {
 		if !named[id] && t.last < size && t.waits() {
 			ended = append(ended, id)
@@ -375,6 +405,7 @@ func (x *index) merge(open []placed, size int64, now time.Time) (ended []string)
 			x.ended(t.intent)
 			t.minting, t.live, t.gone, t.status = false, false, true, store.StatusClosed
 			delete(x.serials, t.issued.Serial)
+			delete(x.frozen, id)
 			x.close(t, now)
 			x.wake(id)
 		}
@@ -434,6 +465,7 @@ func (x *index) vanish(id string, now time.Time) {
 		x.ended(t.intent)
 		t.minting, t.live, t.gone, t.status = false, false, true, status
 		delete(x.serials, t.issued.Serial)
+		delete(x.frozen, id)
 		x.close(t, now)
 		x.wake(id)
 	}

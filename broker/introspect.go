@@ -44,7 +44,7 @@ func (b *Broker) Introspect(ctx context.Context, server, token, use string) (*is
 			return nil, nil
 		}
 	}
-	if t.condemned != "" || !b.Now().Before(t.issued.Expires.Time) {
+	if t.condemned != "" || b.index.covered(t.story.Orchestrator, t.story.Run, t.story.Step, t.story.Action) || !b.Now().Before(t.issued.Expires.Time) {
 		return nil, nil
 	}
 	if use != "" {

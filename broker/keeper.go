@@ -50,14 +50,17 @@ func New(cfg Config) (*Broker, error) {
 	if cfg.Log == nil {
 		cfg.Log = zap.NewNop()
 	}
-	b := &Broker{Config: cfg, index: newIndex(), calls: newCalls(), draining: make(chan struct{}), tries: map[string]try{}}
+	b := &Broker{Config: cfg, index: newIndex(), calls: newCalls(), draining: make(chan struct{}), tries: map[string]try{}, unrevoked: newUnrevoked()}
 	b.ctx, b.cancel = context.WithCancel(context.Background())
+	b.closings.append, b.closings.ctx = b.append, b.ctx
 	if cfg.Gateway != nil {
 		b.index.ended = cfg.Gateway.End
 		cfg.Gateway.OnAsk(b.askFor)
 	}
 	b.loops.Go(b.follow)
 	b.loops.Go(b.keep)
+	b.loops.Go(b.sweep)
+	b.loops.Go(b.alert)
 	if cfg.Gateway != nil {
 		b.loops.Go(b.cuts)
 	}
@@ -95,6 +98,7 @@ func (b *Broker) Close() error {
 	b.work.Wait()
 	b.cancel()
 	b.loops.Wait()
+	b.closings.work.Wait()
 	return nil
 }
 
@@ -222,6 +226,8 @@ type try struct {
 	busy  bool
 	next  time.Time // not before
 	pause time.Duration
+
+	frozen string // the intent whose credential a freeze condemned, once it was claimed or another broker had
 }
 
 // keep ends what is due, until the broker stops.
@@ -295,8 +301,11 @@ func (b *Broker) give(id string, err error) {
 func (b *Broker) due(now time.Time) map[string]func(context.Context) error {
 	jobs := map[string]func(context.Context) error{}
 	b.index.pick(func(id string, t *tracked) bool {
+		// What another broker handed over and nothing can call back goes on.
+		condemned := t.condemned != "" && (!irrevocable(t) || t.writer == b.Writer)
 		switch {
-		case t.live && t.condemned != "" && !b.calls.workingOn(t.intent):
+		case t.live && condemned && t.frozen && !irrevocable(t): // sweep's
+		case t.live && condemned && !b.calls.workingOn(t.intent):
 			cause := t.condemned
 			jobs[id] = func(ctx context.Context) error { return b.end(ctx, id, store.CredentialRevoked, cause) }
 		case t.live && !now.Before(t.issued.Expires.Time):
@@ -368,7 +377,7 @@ func (b *Broker) abandon(ctx context.Context, id string) error {
 // closing appends the last entry of a credential or an intent. A refusal means
 // that it is closed already, or in another state than this broker thought.
 func (b *Broker) closing(ctx context.Context, id string, s *store.Submission) error {
-	_, err := b.append(ctx, s)
+	err := b.closings.put(ctx, s)
 	if _, refused := store.IsOrder(err); refused {
 		found, err := b.refresh(ctx, id)
 		if err != nil {
@@ -470,7 +479,7 @@ func (b *Broker) revokeStep(ctx context.Context, k stepKey, cause string) (Revok
 		if !ok {
 			continue
 		}
-		if t.live && !t.issued.Revocable && t.issued.Kind != "identity" {
+		if t.live && irrevocable(&t) {
 			// Nothing can call it back, so the record must not say that it was.
 			out.Irrevocable++
 			continue

@@ -131,7 +131,7 @@ func (b *Broker) askFor(ctx context.Context, s *gateway.Session, scope, reason s
 	var denied *Denied
 	var closed *NotApproved
 	switch {
-	case errors.As(err, &denied), errors.As(err, &closed):
+	case errors.As(err, &denied), errors.As(err, &closed), errors.Is(err, ErrFrozen):
 		return nil, fmt.Errorf("%w: %w", gateway.ErrDenied, err)
 	case err != nil:
 		return nil, err

@@ -53,6 +53,9 @@ func toProblem(err error) error {
 		{broker.ErrClosed, func(error) *problem.Problem {
 			return problem.RequestClosed("it was answered, ended or taken back, or another call is taking what it came to")
 		}},
+		{broker.ErrFrozen, func(error) *problem.Problem {
+			return problem.Frozen("a freeze covers this, or did while it was under way; ask again once the freeze is lifted")
+		}},
 		{broker.ErrIdempotency, func(error) *problem.Problem {
 			return problem.IdempotencyConflict("this Idempotency-Key was sent with another body")
 		}},

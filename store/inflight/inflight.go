@@ -463,6 +463,36 @@ func (s *Store) Claim(ctx context.Context, name string, life time.Duration) (boo
 	return ok, err
 }
 
+// Claims is Claim for many names in one round trip: it reports of each whether
+// nobody else holds it. There is nobody else beside an embedded Redis.
+func (s *Store) Claims(ctx context.Context, names []string, life time.Duration) ([]bool, error) {
+	mine := make([]bool, len(names))
+	if s.mini != nil {
+		for i := range mine {
+			mine[i] = true
+		}
+		return mine, nil
+	}
+	err := s.call(ctx, "claim", func(ctx context.Context) error {
+		p := s.c.Pipeline()
+		answers := make([]*redis.StatusCmd, len(names))
+		for i, name := range names {
+			answers[i] = p.SetArgs(ctx, s.key("claim", name), "1", redis.SetArgs{Mode: "NX", TTL: life})
+		}
+		if _, err := p.Exec(ctx); err != nil && !errors.Is(err, redis.Nil) {
+			return err
+		}
+		for i, a := range answers {
+			err := a.Err()
+			if mine[i] = err == nil; err != nil && !errors.Is(err, redis.Nil) {
+				return err
+			}
+		}
+		return nil
+	})
+	return mine, err
+}
+
 // Cut tells the other brokers which session is to end, until then. The
 // embedded Redis has no other broker to tell.
 func (s *Store) Cut(ctx context.Context, which string, until time.Time) error {
