@@ -411,7 +411,7 @@ func (l *Ledger) checkSealed(ctx context.Context, q querier, from, to int64) err
 	if err := each(ctx, q, func(rows *sql.Rows) error {
 		var i int64
 		var field string
-		var box, body, key []byte
+		var box, body []byte
 		if err := rows.Scan(&i, &field, &box, &body); err != nil {
 			return err
 		}
@@ -419,15 +419,15 @@ func (l *Ledger) checkSealed(ctx context.Context, q querier, from, to int64) err
 		if err != nil {
 			return fmt.Errorf("%w: sealed text %q of entry %d without its entry", ErrMismatch, field, i)
 		}
-		err = l.keys.QueryRowContext(ctx, "SELECT key FROM keys WHERE entry = $1", e.ID).Scan(&key)
-		if errors.Is(err, sql.ErrNoRows) {
-			unkeyed[i] = true
-			return nil
-		}
+		keys, err := l.loadKeys(ctx, keyNames(box, e.ID))
 		if err != nil {
 			return err
 		}
-		o, err := openBox(key, box, e.ID, field)
+		o, keyed, err := openBox(keys, box, e.ID, field)
+		if !keyed {
+			unkeyed[i] = true
+			return nil
+		}
 		if err != nil || !o.Opens(field, e.Sealed[field]) {
 			return fmt.Errorf("%w: the sealed text %q of entry %d is not what the entry commits to", ErrMismatch, field, i)
 		}

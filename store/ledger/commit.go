@@ -30,8 +30,9 @@ type line struct {
 	leaf  []byte       // stamped; the writing goroutine puts the time in
 	time  int          // where in leaf the time stands
 	boxes []sealedText // encrypted openings
-	key   []byte       // under which they are encrypted; nil where there are none
+	key   *sealKey     // under which they are encrypted; nil where there are none
 	index int64        // set by the writing goroutine
+	fresh bool         // likewise: it was not on record before
 	gate  error        // why it is not to come on record; what is there already stays
 }
 
@@ -83,6 +84,9 @@ func (l *Ledger) Append(ctx context.Context, by Author, lines [][]byte) (*store.
 	if l.ctx.Err() != nil {
 		return nil, l.closedErr()
 	}
+	if err := l.seal(ctx, g); err != nil {
+		return nil, err
+	}
 	select {
 	case l.queue <- g:
 	case <-l.ctx.Done():
@@ -101,6 +105,7 @@ func (l *Ledger) Append(ctx context.Context, by Author, lines [][]byte) (*store.
 	case <-ctx.Done():
 		return nil, fmt.Errorf("%w: %w", store.ErrUnavailable, ctx.Err())
 	}
+	l.unseal(g)
 	if g.err != nil {
 		return nil, g.err
 	}
@@ -125,8 +130,42 @@ func (ln *line) parse(b []byte, writer string) (err error) {
 	// Before it stand only v, id and type, none of which can hold a quote.
 	const member = `"time":"`
 	ln.time = bytes.Index(ln.leaf, []byte(member)) + len(member)
-	ln.key, ln.boxes = sealTexts(ln.sub)
 	return nil
+}
+
+// seal encrypts the texts of g.
+func (l *Ledger) seal(ctx context.Context, g *group) error {
+	var sealed []*line
+	for i := range g.lines {
+		if len(g.lines[i].sub.Openings) > 0 {
+			sealed = append(sealed, &g.lines[i])
+		}
+	}
+	if len(sealed) == 0 {
+		return nil
+	}
+	keys, err := l.takeKeys(ctx, len(sealed))
+	if err != nil {
+		return err
+	}
+	for i, ln := range sealed {
+		ln.key, ln.boxes = &keys[i], sealTexts(ln.sub, keys[i])
+	}
+	return nil
+}
+
+// unseal gives back the keys under which nothing of g, which is settled, was
+// written: of what is refused, and of what was on record already.
+func (l *Ledger) unseal(g *group) {
+	var unused []sealKey
+	for i := range g.lines {
+		if ln := &g.lines[i]; ln.key != nil && (unwritten(g.err) || g.err == nil && !ln.fresh) {
+			unused = append(unused, *ln.key)
+		}
+	}
+	if unused != nil {
+		l.giveKeys(unused)
+	}
 }
 
 // stamp sets the entry's time in its leaf.
@@ -385,6 +424,7 @@ func (l *Ledger) admit(ctx context.Context, g *group, p *pending, known map[stri
 	for i := range g.lines {
 		ln := &g.lines[i]
 		ln.stamp(p.now)
+		ln.fresh = false
 		conflict := fmt.Errorf("entry %d of %d: %w: %s", i+1, len(g.lines), store.ErrConflict, ln.sub.ID)
 		if r, ok := known[ln.sub.ID]; ok {
 			if !ln.same(r.leaf) {
@@ -411,6 +451,7 @@ func (l *Ledger) admit(ctx context.Context, g *group, p *pending, known map[stri
 		if err := b.Admit(&ln.sub.Entry, ln.leaf, ln.index, g.by.Recorder); err != nil {
 			return fmt.Errorf("entry %d of %d: %w", i+1, len(g.lines), err)
 		}
+		ln.fresh = true
 		mine[ln.sub.ID] = ln
 		fresh = append(fresh, ln)
 	}
@@ -434,10 +475,7 @@ func (l *Ledger) admit(ctx context.Context, g *group, p *pending, known map[stri
 
 // write makes p durable and the head. The order, and what a crash leaves:
 //
-//  1. The keys of sealed texts are committed to their own file, while the
-//     transaction of the next step is filled. A crash here leaves keys of entries
-//     that are not on record: they open nothing, and the same id appended again
-//     replaces its own.
+//  1. The keys of sealed texts are durable before: see keyStock.
 //  2. Entries, tree nodes, checkpoint, sealed texts and open requests are
 //     committed in one transaction. A crash before leaves nothing of them; a
 //     crash after leaves them on record unanswered, and the author's retry with
@@ -448,7 +486,7 @@ func (l *Ledger) write(ctx context.Context, p *pending) (_ *head, err error) {
 	front := w.front
 	n := len(p.lines)
 	entries, hashes := make([]any, 0, 2*n), make([]any, 0, 2*n)
-	var sealed, keys []any
+	var sealed []any
 	all := make([]byte, 0, 2*n*tlog.HashSize+48*tlog.HashSize)
 	nodes := make([][]byte, n)
 	for i, ln := range p.lines {
@@ -460,21 +498,7 @@ func (l *Ledger) write(ctx context.Context, p *pending) (_ *head, err error) {
 		for _, box := range ln.boxes {
 			sealed = append(sealed, ln.index, box.field, box.box)
 		}
-		if ln.key != nil {
-			keys = append(keys, ln.sub.ID, ln.key)
-		}
 	}
-	kept := make(chan error, 1)
-	if len(keys) == 0 {
-		kept <- nil
-	} else {
-		go func() { kept <- l.putKeys(ctx, keys) }()
-	}
-	defer func() {
-		if kept != nil { // the next batch uses that connection too
-			<-kept
-		}
-	}()
 	if err := w.exec(ctx, l.e.begin()); err != nil {
 		return nil, err
 	}
@@ -505,16 +529,11 @@ func (l *Ledger) write(ctx context.Context, p *pending) (_ *head, err error) {
 	if err := l.e.insert(ctx, w, "open_requests (request, state)", 2, open, " ON CONFLICT (request) DO UPDATE SET state = excluded.state"); err != nil {
 		return nil, err
 	}
-	// As late as this, since the keys are on their way to the disk meanwhile.
 	h, err := sign(l.o.Signer, &front)
 	if err != nil {
 		return nil, err
 	}
 	if err := l.e.insert(ctx, w, "checkpoints (size, note)", 2, []any{h.size, h.note}, ""); err != nil {
-		return nil, err
-	}
-	err, kept = <-kept, nil
-	if err != nil {
 		return nil, err
 	}
 	if err := w.exec(ctx, "COMMIT"); err != nil {

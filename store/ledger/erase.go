@@ -371,7 +371,7 @@ func (l *Ledger) FinishErasures(ctx context.Context, from int64) (int64, error) 
 			}
 		}
 		undone = append(undone, indexes)
-		_, err = l.deleteKeys(ctx, ids)
+		_, err = l.deleteKeys(ctx, indexes, ids)
 		return err
 	})
 	if err != nil {
@@ -416,7 +416,7 @@ func leafID(leaf []byte) string {
 
 // wipe deletes keys and boxes, so that neither is left in a file of the ledger.
 func (l *Ledger) wipe(ctx context.Context, indexes []int64, ids []string) error {
-	keys, err := l.deleteKeys(ctx, ids)
+	keys, err := l.deleteKeys(ctx, indexes, ids)
 	if err != nil {
 		return err
 	}
@@ -435,18 +435,26 @@ func (l *Ledger) wipe(ctx context.Context, indexes []int64, ids []string) error 
 	return l.erasing.reached("boxes deleted")
 }
 
-// deleteKeys deletes the keys of the entries with the given IDs, and returns
-// them.
-func (l *Ledger) deleteKeys(ctx context.Context, ids []string) (keys [][]byte, err error) {
-	if err := each(ctx, l.keys, func(rows *sql.Rows) error {
-		var key []byte
-		err := rows.Scan(&key)
-		keys = append(keys, key)
+// deleteKeys deletes the keys of the entries with the given indexes and IDs, and
+// returns them.
+func (l *Ledger) deleteKeys(ctx context.Context, indexes []int64, ids []string) (keys [][]byte, err error) {
+	names := slices.Clone(ids) // of ledgers whose boxes name no key
+	if err := each(ctx, l.r, func(rows *sql.Rows) error {
+		var box []byte
+		err := rows.Scan(&box)
+		names = append(names, keyNames(box, "")[0])
 		return err
-	}, "SELECT k.key FROM json_each($1) j CROSS JOIN keys k ON k.entry = j.value", jsonList(ids)); err != nil {
-		return nil, fmt.Errorf("%w: reading the keys to erase: %w", store.ErrUnavailable, err)
+	}, "SELECT s.box FROM "+l.e.list("bigint")+" CROSS JOIN sealed s WHERE s.idx = j.value", jsonList(indexes)); err != nil {
+		return nil, l.readErr(err)
 	}
-	if _, err := l.keys.ExecContext(ctx, "DELETE FROM keys WHERE entry IN (SELECT value FROM json_each($1))", jsonList(ids)); err != nil {
+	known, err := l.loadKeys(ctx, names)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", store.ErrUnavailable, err)
+	}
+	for _, key := range known {
+		keys = append(keys, key)
+	}
+	if _, err := l.keys.ExecContext(ctx, "DELETE FROM keys WHERE entry IN (SELECT value FROM json_each($1))", jsonList(names)); err != nil {
 		return nil, fmt.Errorf("%w: erasing keys: %w", store.ErrUnavailable, err)
 	}
 	return keys, nil

@@ -193,7 +193,7 @@ func TestSealedTextsAreOpenedForReviewersAndNotInTheFile(t *testing.T) {
 		if err := l.recheck(t.Context()); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := l.keys.Exec("DELETE FROM keys WHERE entry = ?", s.ID); err != nil {
+		if _, err := l.keys.Exec("DELETE FROM keys WHERE entry = ?", keyName(t, l, 1)); err != nil {
 			t.Fatal(err)
 		}
 		if p, err = l.History(t.Context(), Query{Run: "r1"}); err != nil || p.Entries[0].Opened != nil {

@@ -154,7 +154,8 @@ type Ledger struct {
 	err    atomic.Pointer[error]
 
 	wr    writer // used by the writing goroutine alone
-	keyWr writer // likewise, of the keys file: conn and stmts
+	stock keyStock
+	keyWr writer // used by keysLoop alone: conn and stmts of the keys file
 
 	erasing erasing
 }
@@ -182,6 +183,7 @@ func Open(ctx context.Context, o Options) (_ *Ledger, err error) {
 		o: o, verifier: v,
 		queue:    make(chan *group, maxBatch),
 		headFile: headFile{path: o.HeadFile, due: make(chan struct{}, 1)},
+		stock:    keyStock{want: make(chan struct{}, 1), filled: make(chan struct{})},
 		grown:    make(chan struct{}), done: make(chan struct{}), written: make(chan struct{}),
 		open: map[string]*store.Request{}, erasing: erasing{jobs: make(chan func())},
 	}
@@ -229,8 +231,9 @@ func Open(ctx context.Context, o Options) (_ *Ledger, err error) {
 	if o.Publish != nil {
 		l.published.Store(&head{}) // nothing yet
 	}
-	l.tasks.Add(3)
+	l.tasks.Add(4)
 	go l.writeLoop()
+	go l.keysLoop()
 	go l.publishLoop()
 	go l.headLoop()
 	if o.RecheckEvery > 0 {
@@ -340,6 +343,9 @@ func (l *Ledger) release() error {
 		errs = append(errs, l.wr.conn.Close())
 	}
 	if l.keyWr.conn != nil {
+		ctx, cancel := l.e.patience(context.Background())
+		defer cancel()
+		errs = append(errs, l.dropKeys(ctx))
 		for _, s := range l.keyWr.stmts {
 			errs = append(errs, s.Close())
 		}

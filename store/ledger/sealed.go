@@ -6,9 +6,10 @@ import (
 	"crypto/cipher"
 	"crypto/rand"
 	"database/sql"
-	"encoding/json"
 	"errors"
 	"fmt"
+
+	"github.com/google/uuid"
 
 	"github.com/countersign-dev/countersign/store"
 )
@@ -16,28 +17,26 @@ import (
 // saltSize is the length of an opening's salt, see store.Commit.
 const saltSize = 32
 
-// sealedText is one encrypted opening: a 12-byte nonce and AES-256-GCM over
-// salt and text, bound to the entry's id and the field.
+// sealedText is one encrypted opening: the 16-byte name of its key, a 12-byte
+// nonce, and AES-256-GCM over salt and text, bound to the key's name, the
+// entry's id and the field.
 type sealedText struct {
 	field string
 	box   []byte
 }
 
-// sealTexts encrypts the openings of s under one fresh key for the entry.
-func sealTexts(s *store.Submission) (key []byte, boxes []sealedText) {
-	if len(s.Openings) == 0 {
-		return nil, nil
-	}
-	key = make([]byte, 32)
-	rand.Read(key) // never fails since Go 1.24
-	aead := newAEAD(key)
+// sealTexts encrypts the openings of s under k, the entry's own key.
+func sealTexts(s *store.Submission, k sealKey) (boxes []sealedText) {
+	aead := newAEAD(k.key[:])
 	for field, o := range s.Openings {
-		nonce := make([]byte, aead.NonceSize(), aead.NonceSize()+saltSize+len(o.Text)+aead.Overhead())
-		rand.Read(nonce)
 		plain := append(append(make([]byte, 0, saltSize+len(o.Text)), o.Salt...), o.Text...)
-		boxes = append(boxes, sealedText{field, aead.Seal(nonce, nonce, plain, boxContext(s.ID, field))})
+		box := make([]byte, len(k.name)+aead.NonceSize(), len(k.name)+aead.NonceSize()+len(plain)+aead.Overhead())
+		copy(box, k.name[:])
+		nonce := box[len(k.name):]
+		rand.Read(nonce) // never fails since Go 1.24
+		boxes = append(boxes, sealedText{field, aead.Seal(box, nonce, plain, boxContext(k.name.String(), s.ID, field))})
 	}
-	return key, boxes
+	return boxes
 }
 
 func newAEAD(key []byte) cipher.AEAD {
@@ -52,98 +51,108 @@ func newAEAD(key []byte) cipher.AEAD {
 	return a
 }
 
-func boxContext(id, field string) []byte {
-	return []byte("countersign/sealed/v1\x00" + id + "\x00" + field)
+// boxContext binds a box to where it belongs.
+func boxContext(key, id, field string) []byte {
+	return []byte("countersign/sealed/v2\x00" + key + "\x00" + id + "\x00" + field)
 }
 
-// openBox decrypts one opening.
-func openBox(key, box []byte, id, field string) (store.Opening, error) {
-	if len(key) != 32 {
-		return store.Opening{}, errors.New("not a key")
+// keyNames are the names under which the key of box, of the entry with id, may
+// lie in the keys file: its own, or the entry's in ledgers of before v0.2, whose
+// boxes name no key.
+func keyNames(box []byte, id string) []string {
+	if len(box) < len(uuid.UUID{}) {
+		return []string{id}
+	}
+	return []string{uuid.UUID(box[:len(uuid.UUID{})]).String(), id}
+}
+
+// openBox decrypts one opening with its key, which is among keys by keyNames.
+// keyed is false where it is not.
+func openBox(keys map[string][]byte, box []byte, id, field string) (o store.Opening, keyed bool, err error) {
+	context := []byte("countersign/sealed/v1\x00" + id + "\x00" + field)
+	key := keys[id]
+	if names := keyNames(box, id); key == nil && keys[names[0]] != nil {
+		key, context, box = keys[names[0]], boxContext(names[0], id, field), box[len(uuid.UUID{}):]
+	}
+	if key == nil {
+		return o, false, nil
+	}
+	if len(key) != len(sealKey{}.key) {
+		return o, true, errors.New("not a key")
 	}
 	aead := newAEAD(key)
 	if len(box) < aead.NonceSize() {
-		return store.Opening{}, errors.New("sealed text is cut short")
+		return o, true, errors.New("sealed text is cut short")
 	}
-	plain, err := aead.Open(nil, box[:aead.NonceSize()], box[aead.NonceSize():], boxContext(id, field))
+	plain, err := aead.Open(nil, box[:aead.NonceSize()], box[aead.NonceSize():], context)
 	if err != nil || len(plain) < saltSize {
-		return store.Opening{}, errors.New("sealed text does not decrypt")
+		return o, true, errors.New("sealed text does not decrypt")
 	}
-	return store.Opening{Salt: plain[:saltSize], Text: string(plain[saltSize:])}, nil
+	return store.Opening{Salt: plain[:saltSize], Text: string(plain[saltSize:])}, true, nil
 }
 
-const keysSchema = "CREATE TABLE IF NOT EXISTS keys (entry TEXT PRIMARY KEY, key BLOB NOT NULL) STRICT, WITHOUT ROWID"
-
-// putKeys commits the keys of a batch, pairs of entry id and key, to their own
-// file. One key per entry, so that each can be erased on its own.
-func (l *Ledger) putKeys(ctx context.Context, keys []any) (err error) {
-	file, w := sqliteDB{}, &l.keyWr // the keys file is SQLite's, whatever keeps the ledger
-	if err := w.exec(ctx, file.begin()); err != nil {
+// loadKeys reads the keys with names from the keys file, as far as they are
+// there.
+func (l *Ledger) loadKeys(ctx context.Context, names []string) (map[string][]byte, error) {
+	keys := map[string][]byte{}
+	err := each(ctx, l.keys, func(rows *sql.Rows) error {
+		var name string
+		var key []byte
+		err := rows.Scan(&name, &key)
+		keys[name] = key
 		return err
+	}, "SELECT k.entry, k.key FROM json_each($1) j CROSS JOIN keys k ON k.entry = j.value", jsonList(names))
+	if err != nil {
+		return nil, fmt.Errorf("reading the keys of sealed texts: %w", err)
 	}
-	defer func() {
-		if err != nil {
-			// SQLite may have rolled back already (disk full): then this fails, as it
-			// should.
-			_, _ = w.conn.ExecContext(ctx, "ROLLBACK")
-		}
-	}()
-	// Replaced: the key that a crash before the ledger's own commit left.
-	if err := file.insert(ctx, w, "keys (entry, key)", 2, keys, " ON CONFLICT (entry) DO UPDATE SET key = excluded.key"); err != nil {
-		return err
-	}
-	return w.exec(ctx, "COMMIT")
+	return keys, nil
 }
 
 // openings returns the openings that are not erased of entries, given by index
 // with their ids. A text that does not decrypt, or is not what its leaf commits
 // to, is left out; the background pass reports it.
 func (l *Ledger) openings(ctx context.Context, q querier, entries map[int64]*store.Entry) (map[int64]map[string]store.Opening, error) {
-	idx, ids := []int64{}, []string{}
+	idx := []int64{}
 	for i, e := range entries {
 		if len(e.Sealed) > 0 {
-			idx, ids = append(idx, i), append(ids, e.ID)
+			idx = append(idx, i)
 		}
 	}
 	if len(idx) == 0 {
 		return nil, nil
 	}
-	keys := map[string][]byte{}
-	arg, _ := json.Marshal(ids)
-	if err := each(ctx, l.keys, func(rows *sql.Rows) error {
-		var id string
-		var key []byte
-		err := rows.Scan(&id, &key)
-		keys[id] = key
+	type text struct {
+		index int64
+		field string
+		box   []byte
+	}
+	var texts []text
+	var names []string
+	if err := each(ctx, q, func(rows *sql.Rows) error {
+		var t text
+		err := rows.Scan(&t.index, &t.field, &t.box)
+		texts, names = append(texts, t), append(names, keyNames(t.box, entries[t.index].ID)...)
 		return err
-	}, "SELECT k.entry, k.key FROM json_each($1) j CROSS JOIN keys k ON k.entry = j.value", string(arg)); err != nil {
-		return nil, fmt.Errorf("reading the keys of sealed texts: %w", err)
+	}, "SELECT s.idx, s.field, s.box FROM "+l.e.list("bigint")+" CROSS JOIN sealed s WHERE s.idx = j.value", jsonList(idx)); err != nil {
+		return nil, err
+	}
+	keys, err := l.loadKeys(ctx, names)
+	if err != nil {
+		return nil, err
 	}
 	out := map[int64]map[string]store.Opening{}
-	arg, _ = json.Marshal(idx)
-	err := each(ctx, q, func(rows *sql.Rows) error {
-		var i int64
-		var field string
-		var box []byte
-		if err := rows.Scan(&i, &field, &box); err != nil {
-			return err
+	for _, t := range texts {
+		e := entries[t.index]
+		o, keyed, err := openBox(keys, t.box, e.ID, t.field)
+		if !keyed || err != nil || !o.Opens(t.field, e.Sealed[t.field]) {
+			continue
 		}
-		e := entries[i]
-		key, ok := keys[e.ID]
-		if !ok {
-			return nil
+		if out[t.index] == nil {
+			out[t.index] = map[string]store.Opening{}
 		}
-		o, err := openBox(key, box, e.ID, field)
-		if err != nil || !o.Opens(field, e.Sealed[field]) {
-			return nil
-		}
-		if out[i] == nil {
-			out[i] = map[string]store.Opening{}
-		}
-		out[i][field] = o
-		return nil
-	}, "SELECT s.idx, s.field, s.box FROM "+l.e.list("bigint")+" CROSS JOIN sealed s WHERE s.idx = j.value", string(arg))
-	return out, err
+		out[t.index][t.field] = o
+	}
+	return out, nil
 }
 
 // each calls fn for every row of a query.
