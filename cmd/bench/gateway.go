@@ -24,7 +24,8 @@ const pgbenchScale = 5
 
 // gateway measures pgbench's read-only script straight at PostgreSQL, through
 // pgbouncer, and through the gateway, which has every statement on record before
-// it forwards it.
+// it forwards it: with the recorder in its own process, as in all rows about
+// dev, and with the two apart.
 func (d *dev) gateway(ctx context.Context, t *table, dsn string) error {
 	if dsn == "" {
 		return nil
@@ -48,12 +49,16 @@ func (d *dev) gateway(ctx context.Context, t *table, dsn string) error {
 		return err
 	}
 	defer stop()
-	pair, _, err := d.startPair(ctx, d.benchCatalogue)
+	pair, _, err := d.startPair(ctx, d.catalogue)
 	if err != nil {
 		return err
 	}
 	defer pair.end()
-	through, err := pair.session()
+	through, err := d.session()
+	if err != nil {
+		return err
+	}
+	apart, err := pair.session()
 	if err != nil {
 		return err
 	}
@@ -64,7 +69,7 @@ func (d *dev) gateway(ctx context.Context, t *table, dsn string) error {
 			for _, x := range []struct {
 				who string
 				to  target
-			}{{"PostgreSQL", direct}, {"pgbouncer", bouncer}, {"countersign", through}} {
+			}{{"PostgreSQL", direct}, {"pgbouncer", bouncer}, {"countersign", through}, {"countersign, two processes", apart}} {
 				if mode == "prepared" && x.who == "pgbouncer" {
 					continue // Debian's pgbouncer knows no prepared statements across clients
 				}
@@ -217,25 +222,6 @@ func startBouncer(ctx context.Context, to target) (target, func(), error) {
 // catalogue is dev's.
 func (d *dev) catalogue(string) (string, error) {
 	return filepath.Join(d.dir, "dev", "catalogue.yaml"), nil
-}
-
-// benchCatalogue is dev's catalogue, with pgbench's table beside the orders.
-func (d *dev) benchCatalogue(dir string) (string, error) {
-	name, err := d.catalogue(dir)
-	if err != nil {
-		return "", err
-	}
-	b, err := os.ReadFile(name)
-	if err != nil {
-		return "", err
-	}
-	before := string(b)
-	after := strings.Replace(before, "tables: [orders]", "tables: [orders, pgbench_accounts, pgbench_branches]", 1)
-	if after == before {
-		return "", errors.New("dev's catalogue has no `tables: [orders]`")
-	}
-	path := filepath.Join(dir, "catalogue.yaml")
-	return path, os.WriteFile(path, []byte(after), 0o600)
 }
 
 // session asks for a session at the PostgreSQL gateway.

@@ -42,7 +42,7 @@ func startDev(ctx context.Context, binary, postgres string) (*dev, error) {
 	ready := filepath.Join(dir, "ready.json")
 	args := []string{"dev", "--dir", filepath.Join(dir, "dev"), "--addr", "127.0.0.1:0", "--ready-file", ready}
 	if postgres != "" {
-		args = append(args, "--postgres", postgres)
+		args = append(args, "--postgres", postgres, "--tables", "pgbench_accounts,pgbench_branches")
 	}
 	log, err := os.Create(filepath.Join(dir, "log"))
 	if err != nil {

@@ -46,6 +46,7 @@ const (
 // devFlags are the flags of `countersign dev`.
 type devFlags struct {
 	dir, addr, vault, vaultToken, postgres, readyFile, notify string
+	tables                                                    []string
 	out                                                       io.Writer // the banner
 }
 
@@ -72,6 +73,7 @@ and sets up the demo's engines, policies and roles there with --vault-token.`,
 	cmd.Flags().StringVar(&f.vault, "vault", "auto", "auto, none, or a Vault's URL")
 	cmd.Flags().StringVar(&f.vaultToken, "vault-token", "", "a token of the Vault named by its URL that may set up the demo there")
 	cmd.Flags().StringVar(&f.postgres, "postgres", "", "DSN of a PostgreSQL role that may create roles: adds the scopes orders-db:*")
+	cmd.Flags().StringSliceVar(&f.tables, "tables", nil, "more tables of --postgres that orders-db:* reach through the gateway, once you GRANT them to the roles orders_read and orders_write")
 	cmd.Flags().StringVar(&f.notify, "notify", "", "YAML file with the sections slack and webhooks of a recorder's configuration, to try them out")
 	cmd.PersistentFlags().StringVar(&f.readyFile, "ready-file", "", "where to write addresses and tokens when everything answers (default DIR/dev.json)")
 	cmd.AddCommand(devShowCommand(&f))
@@ -169,7 +171,7 @@ func runDev(ctx context.Context, f devFlags) error {
 	r.Gateway.Postgres = listeners.postgres.Addr().String()
 	r.Gateway.MCP = "http://" + listeners.mcp.Addr().String()
 
-	set, err := devScopes(f.dir, f.postgres)
+	set, err := devScopes(f.dir, f.postgres, f.tables)
 	if err != nil {
 		return err
 	}
@@ -361,7 +363,7 @@ func port(l net.Listener) string { return strconv.Itoa(l.Addr().(*net.TCPAddr).P
 
 // devScopes writes the demo catalogue into dir, to be read and copied, and
 // loads it.
-func devScopes(dir, postgres string) (*scopes.InForce, error) {
+func devScopes(dir, postgres string, tables []string) (*scopes.InForce, error) {
 	var orders *scopes.Connection
 	if postgres != "" {
 		c, err := pgx.ParseConfig(postgres)
@@ -374,7 +376,7 @@ func devScopes(dir, postgres string) (*scopes.InForce, error) {
 		}
 	}
 	path := filepath.Join(dir, "catalogue.yaml")
-	if err := replaceFile(path, scopes.Demo(orders)); err != nil {
+	if err := replaceFile(path, scopes.Demo(orders, tables...)); err != nil {
 		return nil, err
 	}
 	return scopes.Open(path, "")

@@ -51,7 +51,7 @@ func TestAHoldIsPlacedListedAndLiftedFromTheCommandLine(t *testing.T) {
 	must(t, err)
 	defer l.Close()
 	kept := retentionConfig{"low": time.Hour, "default": 2 * time.Hour}
-	inForce, err := devScopes(dir, "")
+	inForce, err := devScopes(dir, "", nil)
 	must(t, err)
 	set := inForce.Current()
 	keeper, err := kept.open(t.Context(), l, o.trustDomain, dir, set, zap.NewNop())

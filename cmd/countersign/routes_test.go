@@ -119,7 +119,7 @@ func newPlainHouse(t *testing.T) *plainHouse {
 	for _, o := range files.ready.Orchestrators {
 		h.tokens[o.Name] = o.Token
 	}
-	set, err := devScopes(dir, "")
+	set, err := devScopes(dir, "", nil)
 	must(t, err)
 	o := files.people(zap.NewNop())
 	o.approval, err = devApproval(dir, "http://localhost:1", set)

@@ -41,17 +41,23 @@ func (*sqliteDB) release(context.Context, *sql.Conn) error { return nil }
 
 func (*sqliteDB) begin() string { return "BEGIN IMMEDIATE" }
 
-// insert uses as few statements as there are. OR ROLLBACK, since the whole
+// insert uses few statements: up to 16 rows go with one, since a batch of that
+// size costs less to write than to hand over in pieces. OR ROLLBACK, since the whole
 // transaction is given up anyway: SQLite then keeps no journal of the statement.
 func (*sqliteDB) insert(ctx context.Context, w *writer, into string, width int, args []any, suffix string) error {
 	row := ",(?" + strings.Repeat(",?", width-1) + ")"
-	for _, n := range []int{128, 32, 8, 3, 2, 1} {
-		for len(args) >= n*width {
-			if err := w.exec(ctx, "INSERT OR ROLLBACK INTO "+into+" VALUES "+strings.Repeat(row, n)[1:]+suffix, args[:n*width]...); err != nil {
-				return err
+	for len(args) > 0 {
+		n := len(args) / width
+		for _, most := range []int{128, 32, 16} {
+			if n >= most {
+				n = most
+				break
 			}
-			args = args[n*width:]
 		}
+		if err := w.exec(ctx, "INSERT OR ROLLBACK INTO "+into+" VALUES "+strings.Repeat(row, n)[1:]+suffix, args[:n*width]...); err != nil {
+			return err
+		}
+		args = args[n*width:]
 	}
 	return nil
 }
