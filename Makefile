@@ -1,4 +1,4 @@
-# countersign: make demo | test | test-slow | vault | bench | lint | build
+# countersign: make demo | test | test-slow | drill | vault | bench | lint | build
 #
 # Every target works from a clean clone with Go, git and a shell. What it needs
 # beyond that is installed with apt where this runs as root on Debian or
@@ -32,7 +32,7 @@ then export GOTMPDIR="$${GOTMPDIR:-$${TMPDIR:-/tmp}}" TMPDIR="$$m"; fi; set -x;
 endef
 
 .DEFAULT_GOAL := build
-.PHONY: build demo test test-slow bench lint vault check servers compiler
+.PHONY: build demo test test-slow drill bench lint vault check servers compiler
 
 ## build: the program, at bin/countersign
 build: compiler
@@ -46,9 +46,17 @@ demo: servers vault build
 test: check servers vault
 	$(in_memory) $(GO) test -race -timeout 15m ./...
 
-## test-slow: kills in hundreds, long drills, and 30 s of every fuzz target
+## drill: several brokers and a bad day; docs/drill.md tells how to read it
+#  It needs root: it makes network namespaces, and says so where it cannot.
+DRILL ?= -for 10m
+drill: servers vault build
+	$(call have,ip=iproute2 nft=nftables)
+	$(GO) build -o bin/drill ./cmd/drill
+	bin/drill $(DRILL)
+
+## test-slow: kills in hundreds, the drill, and 30 s of every fuzz target
 #  Fuzz targets are those of this module; `go list` leaves out nested ones.
-test-slow: check servers vault
+test-slow: check servers vault drill
 	@set -eu; rapid=$$($(GO) list -f '$(USES_RAPID)' ./...); set -x; \
 	$(GO) test -race -tags slow -timeout 90m $$($(GO) list ./... | grep -vxF "$$rapid"); \
 	$(GO) test -race -tags slow -timeout 90m $$rapid -rapid.checks $(RAPID_CHECKS)
