@@ -26,7 +26,7 @@ const (
 	CauseRetry       = "retry"
 	CauseUndelivered = "not delivered" // it was issued, and nobody was given it
 	CauseAbandoned   = "no outcome"    // of an intent
-	CauseLost        = "session lost"  // the broker that held its session at the gateway started again
+	CauseLost        = "session lost"  // the broker that held its session at the gateway ended, or started again
 	CauseCall        = "call finished" // it was for one call through the gateway, which is over
 )
 

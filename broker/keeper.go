@@ -92,10 +92,23 @@ func (b *Broker) Drain() {
 	}
 }
 
-// Close drains and stops the broker. Credentials that are out stay out.
+// Settle waits until what was under way when the broker was drained is done, or
+// ctx is.
+func (b *Broker) Settle(ctx context.Context) {
+	done := make(chan struct{})
+	go func() { b.work.Wait(); close(done) }()
+	select {
+	case <-done:
+	case <-ctx.Done():
+	}
+}
+
+// Close drains and stops the broker. Credentials that are out stay out, but for
+// those whose sessions at the gateway end with this process.
 func (b *Broker) Close() error {
 	b.Drain()
 	b.work.Wait()
+	b.endSessions()
 	b.cancel()
 	b.loops.Wait()
 	b.closings.work.Wait()

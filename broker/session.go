@@ -8,6 +8,8 @@ import (
 	"time"
 
 	"github.com/go-json-experiment/json"
+	"go.uber.org/zap"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/countersign-dev/countersign/broker/gateway"
 	"github.com/countersign-dev/countersign/issuer"
@@ -69,6 +71,33 @@ func (b *Broker) session(p *plan, m mint, minted *issuer.Minted) (*issuer.Creden
 func (b *Broker) lost(t *tracked, now time.Time) bool {
 	return t.issued.Kind == string(issuer.KindGateway) && t.writer == b.Writer && !b.calls.workingOn(t.intent) &&
 		t.issued.Expires.Sub(now) > b.Tick && (b.Gateway == nil || !b.Gateway.Has(t.intent))
+}
+
+// endSessions revokes the credentials of the sessions that this process holds:
+// nobody can use them once it has ended. What is not done within closingWithin,
+// and what a crash leaves behind, is revoked when this broker is back, and ends
+// by its own time where it does not come back: then another closes it.
+func (b *Broker) endSessions() {
+	if b.Gateway == nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(b.ctx, closingWithin)
+	defer cancel()
+	var work errgroup.Group
+	work.SetLimit(stopping)
+	for _, id := range b.index.pick(func(_ string, t *tracked) bool { return t.live && b.Gateway.Has(t.intent) }) {
+		b.index.condemn(id, CauseLost)
+		work.Go(func() error {
+			if ctx.Err() != nil {
+				return nil
+			}
+			if err := b.end(ctx, id, store.CredentialRevoked, CauseLost); err != nil {
+				b.Log.Warn("a session's credential is not revoked; this broker does it when it is back", zap.String("request", id), zap.Error(err))
+			}
+			return nil
+		})
+	}
+	_ = work.Wait() // what failed was logged
 }
 
 // cuts ends the sessions that other brokers were told to end, until the broker

@@ -181,6 +181,9 @@ type Config struct {
 	// Drain is how long requests under way may take to end once ctx is done.
 	// Zero means 10 s.
 	Drain time.Duration
+	// Rest, where it is set, waits for what goes on beside the listener's own
+	// connections, such as upgraded ones, until it has ended or its context has.
+	Rest func(context.Context)
 	// Streams says that the handler bounds by itself how long it reads a body and
 	// writes an answer, which may have no end.
 	Streams bool
@@ -238,6 +241,9 @@ func Serve(ctx context.Context, l net.Listener, c Config) error {
 	defer stop()
 	err := s.Shutdown(late)
 	if err == nil {
+		if c.Rest != nil {
+			c.Rest(late)
+		}
 		return nil
 	}
 	cancel()

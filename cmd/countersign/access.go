@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"fmt"
@@ -60,9 +61,14 @@ func (c *gatewayConfig) listen() (_ map[string]accessListener, err error) {
 // is wrong with the configuration.
 func (m *machines) serveAccess(ctx context.Context, at map[string]accessListener, drain time.Duration, run func(func() error)) error {
 	log := m.o.log.Named("gateway")
-	serve := func(x accessListener, h http.Handler) {
-		run(func() error {
-			return server.Serve(ctx, x.l, server.Config{Handler: h, TLS: x.tls, Log: log, Drain: drain, Streams: true, H2C: true})
+	drain = cmp.Or(drain, drainDefault)
+	gate := func(fn func() error) {
+		m.gates.Add(1)
+		run(func() error { defer m.gates.Done(); return fn() })
+	}
+	serve := func(x accessListener, h http.Handler, rest func(context.Context)) {
+		gate(func() error {
+			return server.Serve(ctx, x.l, server.Config{Handler: h, TLS: x.tls, Log: log, Drain: drain, Rest: rest, Streams: true, H2C: true})
 		})
 	}
 	for protocol, x := range at {
@@ -72,12 +78,12 @@ func (m *machines) serveAccess(ctx context.Context, at map[string]accessListener
 			if err != nil {
 				return err
 			}
-			serve(x, g)
+			serve(x, g, g.Drain)
 		case store.ProtocolPostgres:
-			g := postgres.New(postgres.Config{Gateway: m.gateway, TLS: x.tls, Log: log})
-			run(func() error { return g.Serve(ctx, x.l) })
+			g := postgres.New(postgres.Config{Gateway: m.gateway, TLS: x.tls, Drain: drain, Log: log})
+			gate(func() error { return g.Serve(ctx, x.l) })
 		case store.ProtocolMCP:
-			serve(x, mcp.New(mcp.Config{Gateway: m.gateway, Log: log}))
+			serve(x, mcp.New(mcp.Config{Gateway: m.gateway, Log: log}), nil)
 		}
 	}
 	return nil

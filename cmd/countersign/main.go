@@ -35,6 +35,7 @@ func run() int {
 	log.SetOutput(io.Discard)
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
+	context.AfterFunc(ctx, stop) // a second signal ends the process, whatever is under way
 	err := root().ExecuteContext(ctx)
 	if err == nil {
 		return 0

@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/signal"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -38,7 +39,8 @@ func serveCommand() *cobra.Command {
 		Short: "Run the broker: the machines' side",
 		Long: `Run the broker, which orchestrators ask for credentials. docs/configuration.md
 lists every key of the configuration. SIGHUP reads catalogue, policy and
-identity keys again; SIGTERM finishes what is under way and ends.`,
+identity keys again; SIGTERM finishes what is under way and ends, a second one
+ends at once.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			var c serveConfig
@@ -194,6 +196,7 @@ type machines struct {
 	broker   *broker.Broker
 	refusals *auth.Refusals
 	handler  http.Handler
+	gates    sync.WaitGroup // listeners of the access path
 }
 
 func openMachines(ctx context.Context, o *machinesOptions) (_ *machines, err error) {
@@ -258,12 +261,34 @@ func (m *machines) warnMissing(ctx context.Context) {
 	}
 }
 
-// serve answers on l until ctx ends and what was under way then is done.
+const (
+	drainDefault = 10 * time.Second
+	lastAnswers  = 2 * time.Second // for answers that are being written when all else is done
+)
+
+// serve answers on l until ctx ends and what was under way then is done, or
+// drain is over. Until then whoever asks, load balancers among them, is told
+// that this broker shuts down.
 func (m *machines) serve(ctx context.Context, l net.Listener, t *tls.Config, drain time.Duration) error {
-	// Calls that wait are let go at once, so that only mints are waited for.
-	stop := context.AfterFunc(ctx, m.broker.Drain)
+	answering, end := context.WithCancel(context.WithoutCancel(ctx))
+	defer end()
+	stop := context.AfterFunc(ctx, func() {
+		defer end()
+		// Calls that wait are let go at once, so that only mints are waited for, and
+		// what is open at the gateway.
+		m.broker.Drain()
+		late, cancel := context.WithTimeout(answering, cmp.Or(drain, drainDefault))
+		defer cancel()
+		done := make(chan struct{})
+		go func() { m.gates.Wait(); close(done) }()
+		m.broker.Settle(late)
+		select {
+		case <-done:
+		case <-late.Done():
+		}
+	})
 	defer stop()
-	return server.Serve(ctx, l, server.Config{Handler: m.handler, TLS: t, Log: m.o.log, Drain: drain})
+	return server.Serve(answering, l, server.Config{Handler: m.handler, TLS: t, Log: m.o.log, Drain: lastAnswers})
 }
 
 // close ends what openMachines began, in the order in which the one needs the

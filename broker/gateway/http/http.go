@@ -51,6 +51,22 @@ type Gateway struct {
 
 	mu    sync.Mutex
 	views map[*gateway.Session]*view
+	under sync.WaitGroup // requests under way, upgraded connections among them
+}
+
+// Drain takes no more requests through tunnels, and waits until what goes on
+// beside its listener, tunnels and upgraded connections, has ended or ctx has.
+// The listener must be closed.
+func (g *Gateway) Drain(ctx context.Context) {
+	if g.inner != nil {
+		_ = g.inner.Shutdown(ctx) // where ctx ends first, sessions cut what is left
+	}
+	done := make(chan struct{})
+	go func() { g.under.Wait(); close(done) }()
+	select {
+	case <-done:
+	case <-ctx.Done():
+	}
 }
 
 // New returns a Gateway without HTTP sessions. The error says what is wrong with
@@ -152,6 +168,8 @@ func (g *Gateway) serve(w http.ResponseWriter, r *http.Request, sess *gateway.Se
 		g.problem(w, http.StatusInternalServerError, "internal", "the rules of this session cannot be read")
 		return
 	}
+	g.under.Add(1)
+	defer g.under.Done()
 	x := &exchange{g: g, v: v, w: w, r: r, rc: http.NewResponseController(w), by: by}
 	x.serve()
 }

@@ -45,6 +45,7 @@ type Config struct {
 	MaxHeld         int           // bytes of messages over 64 KiB that all connections hold at once; 256 MiB by default
 	MaxConns        int           // connections at once; 2,000 by default
 	MaxSessionConns int           // connections at once of one session; 100 by default
+	Drain           time.Duration // how long connections go on once Serve is to end; none by default
 }
 
 // Gateway serves PostgreSQL clients. It is safe for concurrent use.
@@ -81,18 +82,22 @@ func New(c Config) *Gateway {
 	return &Gateway{Config: c, conns: map[uint32]*conn{}, rules: map[*gateway.Session]*rules{}}
 }
 
-// Serve serves l's clients until ctx ends or l fails, and closes l. It returns
-// when all its connections are cut: nil where ctx ended.
+// Serve serves l's clients until ctx ends or l fails, and closes l. Connections
+// that are open when ctx ends go on for Drain and are then cut. It returns when
+// all are gone: nil where ctx ended.
 func (g *Gateway) Serve(ctx context.Context, l net.Listener) error {
-	ctx, cancel := context.WithCancel(ctx)
+	serving, cut := context.WithCancel(context.WithoutCancel(ctx))
 	var wg sync.WaitGroup
 	defer wg.Wait()
-	defer cancel()
+	defer cut()
+	defer l.Close()
 	defer context.AfterFunc(ctx, func() { _ = l.Close() })()
 	for {
 		client, err := l.Accept()
 		if err != nil {
 			if ctx.Err() != nil {
+				defer time.AfterFunc(g.Drain, cut).Stop()
+				wg.Wait()
 				return nil
 			}
 			if errors.Is(err, net.ErrClosed) {
@@ -108,7 +113,7 @@ func (g *Gateway) Serve(ctx context.Context, l net.Listener) error {
 		}
 		wg.Go(func() {
 			defer client.Close()
-			g.serve(ctx, client)
+			g.serve(serving, client)
 		})
 	}
 }
