@@ -110,25 +110,27 @@ func (h *HTML) file(w http.ResponseWriter, r *http.Request) {
 
 // frame is what surrounds every page.
 type frame struct {
-	Title   string
-	Section string // approvals or passkeys
-	Exact   bool   // it is the section's first page
-	Narrow  bool
-	Person  string
-	CSRF    string
-	Now     time.Time
-	Events  string // where live updates come from; empty: none
-	Kinds   string // their kinds
-	Notice  string // good news
-	Slack   bool   // there are Slack accounts to link
-	Reviews bool   // the person may read the history
-	Here    string // where the page is got again: it may answer a form
+	Title    string
+	Section  string // approvals or passkeys
+	Exact    bool   // it is the section's first page
+	Narrow   bool
+	Person   string
+	CSRF     string
+	Now      time.Time
+	Events   string // where live updates come from; empty: none
+	Kinds    string // their kinds
+	Notice   string // good news
+	Slack    bool   // there are Slack accounts to link
+	Reviews  bool   // the person may read the history
+	Responds bool   // the person may see the freezes
+	Here     string // where the page is got again: it may answer a form
 }
 
 func (h *HTML) frame(r *http.Request, person approvals.Person, section, title string) frame {
 	who := auth.From(r.Context())
 	return frame{Title: title, Section: section, Person: strings.TrimPrefix(person.Name, "user:"), CSRF: h.c.CSRF(r), Now: h.c.Now(),
-		Events: "/approvals/events", Kinds: kinds, Slack: h.c.Slack != nil, Reviews: who != nil && who.Has(auth.Reviewer)}
+		Events: "/approvals/events", Kinds: kinds, Slack: h.c.Slack != nil, Reviews: who != nil && who.Has(auth.Reviewer),
+		Responds: who != nil && (who.Has(auth.Responder) || who.Has(auth.Reviewer))}
 }
 
 // kinds are the events that a page is fetched again for.

@@ -85,3 +85,114 @@ func (r *Responder) LiftHold(ctx context.Context, id, reason string) (*Hold, err
 	}
 	return &h, nil
 }
+
+// The states of a freeze.
+const (
+	FreezeInForce = "in force"
+	FreezeLifted  = "lifted"
+)
+
+// Stop is what a freeze covers: those given hold together, and All stands alone.
+type Stop struct {
+	All          bool   `json:"all,omitzero"`
+	Orchestrator string `json:"orchestrator,omitzero"`
+	Run          string `json:"run,omitzero"`
+	Step         string `json:"step,omitzero"`
+	Scope        string `json:"scope,omitzero"`
+}
+
+// Revocation is a freeze, and how far the revocation of what it covers is.
+// Until it is lifted, the counts are those of now; then those of that moment.
+type Revocation struct {
+	ID    string `json:"id"`    // entry ID of freeze.set
+	Index int64  `json:"index"` // of freeze.set
+	State string `json:"state"`
+	Stop
+	Reason       string    `json:"reason"`
+	SetAt        time.Time `json:"set_at"`
+	SetBy        string    `json:"set_by"` // "user:NAME", or the pseudonym where the name is erased
+	LiftedAt     time.Time `json:"lifted_at,omitzero"`
+	LiftedBy     string    `json:"lifted_by,omitzero"`
+	LiftedReason string    `json:"lifted_reason,omitzero"`
+
+	Closed      int64 `json:"closed"`      // requests that it closed
+	Revoked     int64 `json:"revoked"`     // credentials that were revoked since
+	Expired     int64 `json:"expired"`     // credentials whose time ran out since
+	Minting     int64 `json:"minting"`     // credentials that were being made, and are revoked once that is known
+	Pending     int64 `json:"pending"`     // credentials that are still live and to be revoked
+	Irrevocable int64 `json:"irrevocable"` // credentials that cannot be called back, and are live until their end
+
+	// The lists are in the answer about one freeze alone. More says that they are
+	// cut: the counts are whole.
+	PendingCredentials     []Covered `json:"pending_credentials,omitzero"`
+	IrrevocableCredentials []Covered `json:"irrevocable_credentials,omitzero"`
+	More                   bool      `json:"more,omitzero"`
+}
+
+// Left is how many credentials are not revoked yet that can be.
+func (r *Revocation) Left() int64 { return r.Pending + r.Minting }
+
+// Covered is a live credential under a freeze.
+type Covered struct {
+	Intent       string    `json:"intent"`
+	Kind         string    `json:"kind"`
+	Orchestrator string    `json:"orchestrator"`
+	Run          string    `json:"run"`
+	Step         string    `json:"step"`
+	Request      string    `json:"request"`
+	Scope        string    `json:"scope"`
+	Expires      time.Time `json:"expires"`
+	Why          string    `json:"why,omitzero"` // why it could not be revoked yet, where a broker said so
+}
+
+// Revocations is the answer of GET /revocations, newest first: all that are in
+// force, and the newest of those that were lifted. More says that older ones are
+// left out.
+type Revocations struct {
+	Revocations []Revocation `json:"revocations"`
+	More        bool         `json:"more,omitzero"`
+}
+
+// SetFreeze stops what s covers. The same person doing so again, while it holds,
+// gets the freeze that is there.
+func (r *Responder) SetFreeze(ctx context.Context, s Stop, reason string) (*Revocation, error) {
+	b, err := json.Marshal(struct {
+		Stop   `json:",inline"`
+		Reason string `json:"reason"`
+	}{s, reason})
+	if err != nil {
+		return nil, err
+	}
+	var v Revocation
+	if err := r.conn.decode(ctx, call{method: http.MethodPost, path: "/revocations", body: b, contentType: "application/json"}, &v); err != nil {
+		return nil, err
+	}
+	return &v, nil
+}
+
+// Freezes returns the freezes in force and the newest of those that were lifted.
+func (r *Responder) Freezes(ctx context.Context) (*Revocations, error) {
+	var v Revocations
+	if err := r.conn.decode(ctx, call{method: http.MethodGet, path: "/revocations"}, &v); err != nil {
+		return nil, err
+	}
+	return &v, nil
+}
+
+// Freeze returns one freeze with the credentials that are still live under it.
+func (r *Responder) Freeze(ctx context.Context, id string) (*Revocation, error) {
+	var v Revocation
+	if err := r.conn.decode(ctx, call{method: http.MethodGet, path: "/revocations/" + segment(id)}, &v); err != nil {
+		return nil, err
+	}
+	return &v, nil
+}
+
+// LiftFreeze ends a freeze that another person set.
+func (r *Responder) LiftFreeze(ctx context.Context, id, reason string) (*Revocation, error) {
+	var v Revocation
+	if err := r.conn.decode(ctx, call{method: http.MethodDelete, path: "/revocations/" + segment(id), query: url.Values{"reason": {reason}}}, &v); err != nil {
+		return nil, err
+	}
+	return &v, nil
+}

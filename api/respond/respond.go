@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net/http"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -16,6 +17,7 @@ import (
 
 	"github.com/go-chi/chi/v5"
 	"github.com/go-json-experiment/json"
+	"golang.org/x/sync/singleflight"
 
 	"github.com/countersign-dev/countersign/api/auth"
 	"github.com/countersign-dev/countersign/api/client"
@@ -50,6 +52,9 @@ type Config struct {
 type Server struct {
 	c  Config
 	mu sync.Mutex // a hold is placed or lifted by one call at a time
+
+	setting singleflight.Group // by person and what is stopped
+	counted counted
 }
 
 // New returns the responders' API.
@@ -57,13 +62,14 @@ func New(c Config) *Server {
 	if c.Now == nil {
 		c.Now = time.Now
 	}
-	return &Server{c: c}
+	return &Server{c: c, counted: counted{at: map[string]*progress{}}}
 }
 
 // Routes adds the routes to r.
 func (s *Server) Routes(r chi.Router) {
 	r.Group(func(r chi.Router) {
 		r.Use(server.Limit(server.MaxBody))
+		s.revocationRoutes(r)
 		r.With(s.c.Guard.Require(auth.Responder, auth.Reviewer)).Get("/holds", s.list)
 		r.Group(func(r chi.Router) {
 			r.Use(s.c.Guard.Require(auth.Responder))
@@ -239,9 +245,25 @@ func (s *Server) entry(r *http.Request, t store.Type, run, reason string) *store
 // record appends sub and returns the hold as it is then. A caller who is told
 // that the ledger does not answer looks whether the hold is there: it may be.
 func (s *Server) record(ctx context.Context, sub *store.Submission, hold string) (*client.Hold, error) {
-	line, err := sub.Marshal()
+	if err := s.append(ctx, sub); err != nil {
+		return nil, err
+	}
+	holds, err := s.holds(ctx)
 	if err != nil {
 		return nil, err
+	}
+	i := slices.IndexFunc(holds, func(h client.Hold) bool { return h.ID == hold })
+	if i < 0 {
+		return nil, errors.New("a hold that was recorded is not on record")
+	}
+	return &holds[i], nil
+}
+
+// append puts sub on record. After ErrUnavailable it may be there or not.
+func (s *Server) append(ctx context.Context, sub *store.Submission) error {
+	line, err := sub.Marshal()
+	if err != nil {
+		return err
 	}
 	// A hold is waited for to its end, so the wait has an end of its own here.
 	done := make(chan error, 1)
@@ -257,17 +279,9 @@ func (s *Server) record(ctx context.Context, sub *store.Submission, hold string)
 		err = fmt.Errorf("%w: %s took longer than %s", store.ErrUnavailable, sub.Type, within)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("recording %s: %w", sub.Type, err)
+		return fmt.Errorf("recording %s: %w", sub.Type, err)
 	}
-	holds, err := s.holds(ctx)
-	if err != nil {
-		return nil, err
-	}
-	i := slices.IndexFunc(holds, func(h client.Hold) bool { return h.ID == hold })
-	if i < 0 {
-		return nil, errors.New("a hold that was recorded is not on record")
-	}
-	return &holds[i], nil
+	return nil
 }
 
 // holds reads all holds from the record, oldest first.
@@ -304,7 +318,12 @@ func (s *Server) holds(ctx context.Context) ([]client.Hold, error) {
 
 // each calls fn for the entries of one type, ascending.
 func (s *Server) each(ctx context.Context, t store.Type, fn func(*store.Entry, ledger.HistoryEntry) error) error {
-	q := ledger.Query{Type: string(t)}
+	return s.eachFrom(ctx, t, 0, fn)
+}
+
+// eachFrom is each from entry from on.
+func (s *Server) eachFrom(ctx context.Context, t store.Type, from int64, fn func(*store.Entry, ledger.HistoryEntry) error) error {
+	q := ledger.Query{Type: string(t), Cursor: strconv.FormatInt(from, 10)}
 	for {
 		p, err := s.c.Ledger.History(ctx, q)
 		if err != nil {

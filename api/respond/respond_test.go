@@ -26,6 +26,12 @@ import (
 	"github.com/countersign-dev/countersign/store/ledger"
 )
 
+// Further responders: another one, and the first under another spelling.
+const (
+	other    auth.Role = "another responder"
+	shouting auth.Role = "the first responder, shouting"
+)
+
 // house is a recorder with the responders' API.
 type house struct {
 	t        testing.TB
@@ -58,6 +64,11 @@ func newHouse(t testing.TB) *house {
 	file := filepath.Join(dir, "tokens")
 	for _, role := range auth.Roles {
 		if h.tokens[role], err = auth.CreateToken(file, auth.Token{Role: role, Name: string(role) + "-a"}, time.Now()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for role, name := range map[auth.Role]string{other: "responder-b", shouting: "RESPONDER-A"} {
+		if h.tokens[role], err = auth.CreateToken(file, auth.Token{Role: auth.Responder, Name: name}, time.Now()); err != nil {
 			t.Fatal(err)
 		}
 	}

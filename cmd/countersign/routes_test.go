@@ -66,6 +66,12 @@ var routes = map[string]map[string]reach{
 		"GET /holds":                        forbidden,
 		"POST /holds":                       forbidden,
 		"DELETE /holds/{id}":                forbidden,
+		"GET /revocations":                  forbidden,
+		"POST /revocations":                 forbidden,
+		"GET /revocations/{id}":             forbidden,
+		"DELETE /revocations/{id}":          forbidden,
+		"POST /revocations/{id}/lift":       forbidden,
+		"GET /revocations/static/{file}":    forbidden,
 
 		"GET /tile/entries/*":        forbidden,
 		"GET /checkpoint":            public,
@@ -116,9 +122,13 @@ func newPlainHouse(t *testing.T) *plainHouse {
 	files, err := openDevFiles(dir)
 	must(t, err)
 	h := &plainHouse{t: t, tokens: map[string]string{"orders": server}}
-	for _, o := range files.ready.Orchestrators {
-		h.tokens[o.Name] = o.Token
+	for _, list := range [][]devCaller{files.ready.Orchestrators, files.ready.Approvers, files.ready.Reviewers, files.ready.Responders} {
+		for _, o := range list {
+			h.tokens[o.Name] = o.Token
+		}
 	}
+	h.tokens["broker"], err = auth.CreateToken(filepath.Join(dir, "tokens"), auth.Token{Role: auth.Writer, Name: "broker"}, time.Now())
+	must(t, err)
 	set, err := devScopes(dir, "", nil)
 	must(t, err)
 	o := files.people(zap.NewNop())

@@ -207,16 +207,9 @@ func (l *Ledger) plan(ctx context.Context, fs []filter, from, to int64, order st
 	if len(fs) == 0 {
 		return "SELECT idx, body FROM (SELECT idx, body FROM entries WHERE idx >= $1 AND idx < $2 ORDER BY idx" + order + " LIMIT $3) m ORDER BY idx", []any{from, to, limit}, nil
 	}
-	best, least := 0, int64(selective)
-	for i := 0; i < len(fs) && len(fs) > 1; i++ {
-		var n int64
-		q := "SELECT count(*) FROM (SELECT a.idx " + l.e.walk(fs[i].column, "", "") + " LIMIT $4) m"
-		if err := l.r.QueryRowContext(ctx, q, fs[i].value, from, to, selective).Scan(&n); err != nil {
-			return "", nil, err
-		}
-		if n < least {
-			best, least = i, n
-		}
+	best, err := l.narrowest(ctx, fs, from, to)
+	if err != nil {
+		return "", nil, err
 	}
 	var also strings.Builder
 	args := []any{fs[best].value, from, to, limit}
@@ -227,6 +220,49 @@ func (l *Ledger) plan(ctx context.Context, fs []filter, from, to int64, order st
 		}
 	}
 	return "SELECT e.idx, e.body FROM (SELECT a.idx " + l.e.walk(fs[best].column, also.String(), order) + " LIMIT $4) m CROSS JOIN entries e WHERE e.idx = m.idx ORDER BY e.idx", args, nil
+}
+
+// narrowest is which of fs matches fewest entries of [from, to), as far as that is
+// worth finding out.
+func (l *Ledger) narrowest(ctx context.Context, fs []filter, from, to int64) (int, error) {
+	best, least := 0, int64(selective)
+	for i := 0; i < len(fs) && len(fs) > 1; i++ {
+		var n int64
+		q := "SELECT count(*) FROM (SELECT a.idx " + l.e.walk(fs[i].column, "", "") + " LIMIT $4) m"
+		if err := l.r.QueryRowContext(ctx, q, fs[i].value, from, to, selective).Scan(&n); err != nil {
+			return 0, err
+		}
+		if n < least {
+			best, least = i, n
+		}
+	}
+	return best, nil
+}
+
+// Count is how many entries of [from, to) match q, of which filters alone are
+// read; there must be one. No body is read.
+func (l *Ledger) Count(ctx context.Context, q Query, from, to int64) (n int64, err error) {
+	fs := q.filters(l.o.PrivacyKey)
+	if len(fs) == 0 {
+		return 0, fmt.Errorf("%w: nothing to count by", ErrQuery)
+	}
+	if ctx, err = l.readContext(ctx); err != nil {
+		return 0, err
+	}
+	best, err := l.narrowest(ctx, fs, from, to)
+	if err != nil {
+		return 0, l.readErr(err)
+	}
+	var also strings.Builder
+	args := []any{fs[best].value, from, to}
+	for i, f := range fs {
+		if i != best {
+			args = append(args, f.value)
+			also.WriteString(l.e.also(f.column, len(args)))
+		}
+	}
+	err = l.r.QueryRowContext(ctx, "SELECT count(*) FROM (SELECT a.idx "+l.e.walk(fs[best].column, also.String(), "")+") m", args...).Scan(&n)
+	return n, l.readErr(err)
 }
 
 // firstAt is the index of the first entry of [0, size) at or after t, by

@@ -81,6 +81,19 @@ func (l *Ledger) OpenSet(ctx context.Context, request string) (*store.Appended, 
 	}
 	slices.Sort(idx)
 	idx = slices.Compact(idx)
+	out, err := l.Leaves(ctx, idx)
+	if err != nil {
+		return nil, err
+	}
+	a, err := l.prove(ctx, out, h)
+	if err != nil {
+		return nil, l.readErr(err)
+	}
+	return a, nil
+}
+
+// Leaves reads the entries with the given indexes, ascending and each once.
+func (l *Ledger) Leaves(ctx context.Context, idx []int64) ([]store.Proven, error) {
 	out := make([]store.Proven, 0, len(idx))
 	for part := range slices.Chunk(idx, chunk) {
 		ps, err := l.leaves(ctx, part)
@@ -89,11 +102,7 @@ func (l *Ledger) OpenSet(ctx context.Context, request string) (*store.Appended, 
 		}
 		out = append(out, ps...)
 	}
-	a, err := l.prove(ctx, out, h)
-	if err != nil {
-		return nil, l.readErr(err)
-	}
-	return a, nil
+	return out, nil
 }
 
 // leaves reads the entries with the given indexes, ascending.
