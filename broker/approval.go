@@ -48,9 +48,17 @@ func (b *Broker) ask(ctx context.Context, p *plan) (*Reply, error) {
 	})
 	asked.Seal(store.SealedReason, p.ask.Reason)
 	asked.Seal(store.SealedSubject, p.ask.Subject)
+	if !b.index.joining(p.join) {
+		if err := b.enter(ctx, inPending, &req.Entry); err != nil {
+			return nil, err
+		}
+	}
 	// A crash after this append leaves a request that people see and decide,
 	// whether or not a broker is up. Whoever sends the same again joins it.
 	if _, err := b.append(ctx, req, asked); err != nil {
+		if _, refused := store.IsOrder(err); refused {
+			b.leave(inPending, &req.Entry)
+		}
 		return nil, err
 	}
 	t, ok := b.index.get(req.Request)
@@ -431,6 +439,10 @@ func (b *Broker) collect(ctx context.Context, p *plan, id string, waited bool) (
 	intent := b.submission(store.CredentialIssuing, &story)
 	intent.SetDetails(store.IssuingDetails{Attempt: 1, Grant: d.Grant.Digest(), Approval: id,
 		NotPast: store.At(b.Now().Add(time.Duration(d.Grant.TTL)))})
+	// Where there is no place the approval stays, to be collected later.
+	if err := b.enter(ctx, inLive, &story); err != nil {
+		return nil, nil, err
+	}
 	b.calls.began(intent.ID)
 	defer b.calls.ended(intent.ID)
 	work, cancel := context.WithTimeout(context.WithoutCancel(ctx), b.MintTimeout)
@@ -439,6 +451,9 @@ func (b *Broker) collect(ctx context.Context, p *plan, id string, waited bool) (
 	// as abandoned, and the approval may be collected again: nobody is asked twice.
 	done, err := b.append(work, intent)
 	if oe, refused := store.IsOrder(err); refused {
+		if r := oe.Request; r == nil || !r.Minting && r.Status != store.StatusIssued {
+			b.leave(inLive, &story) // otherwise it is the place of who was quicker
+		}
 		switch r := oe.Request; {
 		case oe.Code == store.OrderFrozen:
 			return nil, nil, err

@@ -76,6 +76,7 @@ type Config struct {
 	Gateway    *gateway.Gateway
 	PeopleURL  string // base of the recorder's pages, where requests are approved
 	PrivacyKey store.PrivacyKey
+	Limits     Limits // of all callers' use; none by default
 
 	Grace       time.Duration    // when another writer's intent without an outcome is given up; 60 s by default
 	MintTimeout time.Duration    // bounds one mint with its appends; 20 s by default
@@ -88,8 +89,9 @@ type Config struct {
 // Broker issues credentials. It is safe for concurrent use.
 type Broker struct {
 	Config
-	index *index
-	calls *calls
+	index  *index
+	calls  *calls
+	places places
 
 	gate      sync.Mutex     // guards draining against work, and tries
 	tries     map[string]try // by request

@@ -50,7 +50,7 @@ func (b *Broker) Request(ctx context.Context, c Caller, ask Ask) (*Reply, error)
 			return nil, fmt.Errorf("%w: %s %.140q is not a valid ID", ErrMalformed, name, v)
 		}
 	}
-	if err := b.state(ctx); err != nil {
+	if _, err := b.state(ctx); err != nil {
 		return nil, err
 	}
 	p, err := b.plan(ctx, c, ask)
@@ -193,6 +193,13 @@ func (b *Broker) mintAtOnce(ctx context.Context, p *plan, req *store.Submission,
 	intent.SetDetails(store.IssuingDetails{Attempt: 1, Grant: p.verdict.Grant.Digest(), Approval: a.request(),
 		NotPast: store.At(b.Now().Add(time.Duration(p.verdict.Grant.TTL)))})
 
+	// Who joins takes no place; where the index is wrong, it takes that of the
+	// one which has ended since.
+	if !b.index.joining(p.join) {
+		if err := b.enter(ctx, inLive, &story); err != nil {
+			return nil, err
+		}
+	}
 	b.calls.started(req.Request, intent.ID)
 	defer b.calls.ended(intent.ID)
 	// From the intent on the caller may go: what was begun is brought to its
@@ -205,6 +212,9 @@ func (b *Broker) mintAtOnce(ctx context.Context, p *plan, req *store.Submission,
 	app, err := b.append(work, req, intent)
 	if err != nil {
 		b.calls.forget(req.Request)
+		if _, refused := store.IsOrder(err); refused {
+			b.leave(inLive, &story)
+		}
 		return nil, err
 	}
 	return b.mint(ctx, work, p, mint{story: &story, intent: intent.ID, attempt: 1, approved: a,
@@ -486,6 +496,10 @@ func (b *Broker) retry(ctx context.Context, p *plan, r *store.Request) (*Reply, 
 	if request == nil || p.changed(r.Grant, rests, b.excluded(p)) || (rests == nil) != (t.pending == nil && t.drawn == "") {
 		return nil, ErrClosed // what would be granted has changed
 	}
+	// What is live already has its place.
+	if err := b.enter(ctx, inLive, t.story); err != nil {
+		return nil, err
+	}
 	subs := []*store.Submission{}
 	if t.live {
 		// A crash after Revoke leaves a credential that is dead in Vault and live
@@ -568,6 +582,9 @@ func (b *Broker) append(ctx context.Context, subs ...*store.Submission) (*store.
 		entries[i] = placed{e, app.Entries[i].Index}
 	}
 	b.index.acknowledged(entries...)
+	if b.index.hasFreed() {
+		b.flush() // now, so that who ended something can use its place at once
+	}
 	return app, nil
 }
 
@@ -615,8 +632,8 @@ func vaultError(err error) error {
 }
 
 // state makes sure that what is under way can be known: Redis answers, and
-// holds what was written to it.
-func (b *Broker) state(ctx context.Context) error {
+// holds what was written to it, since when state returns.
+func (b *Broker) state(ctx context.Context) (time.Time, error) {
 	select {
 	case <-b.index.ready:
 	default:
@@ -625,21 +642,21 @@ func (b *Broker) state(ctx context.Context) error {
 		select {
 		case <-b.index.ready:
 		case <-t.C:
-			return fmt.Errorf("%w: what is open was not read yet", store.ErrUnavailable)
+			return time.Time{}, fmt.Errorf("%w: what is open was not read yet", store.ErrUnavailable)
 		case <-b.draining:
-			return ErrShuttingDown
+			return time.Time{}, ErrShuttingDown
 		case <-ctx.Done():
-			return ctx.Err()
+			return time.Time{}, ctx.Err()
 		}
 	}
 	since, err := b.Inflight.Since(ctx)
-	if err != nil {
-		return err
+	if err != nil || !since.IsZero() {
+		return since, err
 	}
-	if since.IsZero() {
-		return b.rebuild(ctx)
+	if err := b.rebuild(ctx); err != nil {
+		return time.Time{}, err
 	}
-	return nil
+	return b.Inflight.Since(ctx)
 }
 
 // note tells the other brokers where a request stands. Redis is no more than

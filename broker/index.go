@@ -77,11 +77,70 @@ type index struct {
 	cursor    int64                    // all entries up to this index were applied
 	synced    bool
 	following bool
+	places    bool          // freed is kept
+	freed     []freed       // places that requests held until they were no longer live, or pending
 	ready     chan struct{} // closed once synced
 
 	// ended is told of each intent whose credential is no more, or is to end; it
 	// is called with mu held, may be called again, and must not call the index.
 	ended func(intent string)
+}
+
+// freed is a place (see places) that a request has no more.
+type freed struct {
+	kind  string
+	story *store.Entry
+}
+
+// holds says which kind of place t holds: none where it is empty.
+func (t *tracked) holds() string {
+	switch {
+	case t.live || t.minting:
+		return inLive
+	case t.status == store.StatusPending && !t.gone:
+		return inPending
+	}
+	return ""
+}
+
+// over reports whether t should have ended by now, whatever the record says.
+func (t *tracked) over(now time.Time) bool {
+	return t.live && now.After(t.issued.Expires.Time) || t.pending != nil && t.status == store.StatusPending && now.After(t.pending.Expires.Time)
+}
+
+// frees notes that t may have lost the place of the kind that it held before.
+func (x *index) frees(t *tracked, held string) {
+	if x.places && held != "" && t.holds() != held {
+		x.freed = append(x.freed, freed{held, t.story})
+	}
+}
+
+// takeFreed returns which places were freed since, and are not held again.
+func (x *index) takeFreed() []freed {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	out := slices.DeleteFunc(x.freed, func(f freed) bool {
+		t := x.requests[f.story.Request]
+		return t != nil && t.holds() == f.kind
+	})
+	x.freed = nil
+	return out
+}
+
+// hasFreed reports whether there is something to take.
+func (x *index) hasFreed() bool {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	return len(x.freed) > 0
+}
+
+// joining reports whether a call under this join would join a request instead
+// of opening one, for all that is known here.
+func (x *index) joining(join string) bool {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	t := x.requests[x.joins[join]]
+	return t != nil && !t.gone && (t.keyed || t.minting || t.waits())
 }
 
 type stepKey struct{ orchestrator, run, step string }
@@ -167,6 +226,8 @@ func (x *index) one(e *store.Entry, at int64) {
 		return
 	}
 	t.last = at
+	held := t.holds()
+	defer func() { x.frees(t, held) }()
 	switch e.Type {
 	case store.CredentialIssuing:
 		if d, err := store.DetailsAs[store.IssuingDetails](e); err == nil {
@@ -248,13 +309,15 @@ func (x *index) requested(e *store.Entry, at int64) {
 	story.Details, story.Sealed = nil, nil
 	t := &tracked{story: &story, join: d.Join, keyed: d.Keyed, body: d.Body, status: store.StatusApproved, last: at}
 	x.requests[e.Request] = t
+	if d.Join != "" {
+		x.joins[d.Join] = e.Request
+	}
 	switch {
 	case d.Standing != nil:
 		t.drawn = d.Standing.Request
 		x.draw(t.drawn, 1)
 	case e.Decision.Outcome == store.NeedsApproval:
 		t.status = store.StatusPending
-		x.joins[d.Join] = e.Request
 	}
 	if old := x.requests[d.After]; old != nil && d.After != "" && !old.gone { // its caller was told, and the ledger has forgotten it
 		old.gone = true
@@ -403,7 +466,9 @@ func (x *index) merge(open []placed, size int64, now time.Time) (ended []string)
 		}
 		if !named[id] && t.last < size && !t.gone && (t.minting || t.live || t.status == store.StatusApproved) {
 			x.ended(t.intent)
+			held := t.holds()
 			t.minting, t.live, t.gone, t.status = false, false, true, store.StatusClosed
+			x.frees(t, held)
 			delete(x.serials, t.issued.Serial)
 			delete(x.frozen, id)
 			x.close(t, now)
@@ -447,7 +512,9 @@ func (x *index) settle(open []placed, size int64) {
 	}
 	for id := range named {
 		if t := x.requests[id]; t != nil && t.pending != nil && t.minting && t.place < size && !intents[t.intent] {
+			held := t.holds()
 			x.failed(t, t.intentAt)
+			x.frees(t, held)
 			x.wake(id)
 		}
 	}
@@ -463,7 +530,9 @@ func (x *index) vanish(id string, now time.Time) {
 			status = store.StatusWithdrawn // all else would be remembered
 		}
 		x.ended(t.intent)
+		held := t.holds()
 		t.minting, t.live, t.gone, t.status = false, false, true, status
+		x.frees(t, held)
 		delete(x.serials, t.issued.Serial)
 		delete(x.frozen, id)
 		x.close(t, now)

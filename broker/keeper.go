@@ -44,6 +44,9 @@ func New(cfg Config) (*Broker, error) {
 	def(&cfg.MintTimeout, 20*time.Second)
 	def(&cfg.JoinWait, 5*time.Second)
 	def(&cfg.Tick, 250*time.Millisecond)
+	if err := cfg.Limits.Check(); err != nil {
+		return nil, fmt.Errorf("broker: limits: %w", err)
+	}
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
@@ -56,6 +59,10 @@ func New(cfg Config) (*Broker, error) {
 	if cfg.Gateway != nil {
 		b.index.ended = cfg.Gateway.End
 		cfg.Gateway.OnAsk(b.askFor)
+	}
+	if b.index.places = cfg.Limits.limited(); b.index.places {
+		b.places.freed = make(chan struct{}, 1)
+		b.loops.Go(b.keepPlaces)
 	}
 	b.loops.Go(b.follow)
 	b.loops.Go(b.keep)
@@ -195,12 +202,22 @@ func (b *Broker) followOnce() error {
 		if n := len(a.Entries); n > 0 {
 			b.index.passed(a.Entries[n-1].Index)
 		}
+		if b.index.hasFreed() {
+			select {
+			case b.places.freed <- struct{}{}:
+			default:
+			}
+		}
 		return nil
 	})
 }
 
 // rebuild writes what is open to Redis.
 func (b *Broker) rebuild(ctx context.Context) error {
+	// Places first: nobody begins anything before the marker that comes last.
+	if err := b.hold(ctx); err != nil {
+		return err
+	}
 	var open []inflight.Request
 	b.index.pick(func(id string, t *tracked) bool {
 		if t.live || t.minting {

@@ -156,7 +156,11 @@ func (b *Broker) askFor(ctx context.Context, s *gateway.Session, scope, reason s
 	if ask.Body, err = json.Marshal([]string{"gateway", ask.Run, scope, reason}); err != nil {
 		return nil, fmt.Errorf("%w: %w", store.ErrMalformed, err)
 	}
-	reply, err := b.Request(ctx, Caller{Orchestrator: s.Story.Orchestrator, Owners: s.Owners}, ask)
+	caller := Caller{Orchestrator: s.Story.Orchestrator, Owners: s.Owners}
+	if _, err := b.Charge(ctx, caller, scope); err != nil {
+		return nil, err
+	}
+	reply, err := b.Request(ctx, caller, ask)
 	var denied *Denied
 	var closed *NotApproved
 	switch {

@@ -26,6 +26,10 @@ func toProblem(err error) error {
 	if errors.As(err, &denied) {
 		return problem.ScopeDenied(strings.Join(denied.Reasons, "; "), denied.Reasons...).With("request", denied.Request)
 	}
+	var limited *broker.Limited
+	if errors.As(err, &limited) {
+		return problem.RateLimited(limited.Error(), limited.After).With("limit", limited.Of+"."+limited.What).Because(err)
+	}
 	var ended *broker.NotApproved
 	if errors.As(err, &ended) {
 		make, detail := problem.RequestChanged, "what would be granted, or who must approve it, is no longer what was asked; ask again"

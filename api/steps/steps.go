@@ -6,6 +6,7 @@ package steps
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"mime"
 	"net/http"
@@ -207,27 +208,71 @@ func waitingOf(w *broker.Waiting) *waiting {
 	return out
 }
 
-func (a *handlers) credential(w http.ResponseWriter, r *http.Request) error {
+// readAsk reads a call for a credential, and its body, which is never nil.
+func readAsk(r *http.Request) (broker.Ask, *credentialBody, error) {
+	none := &credentialBody{}
 	step, err := pathID(r, "step")
 	if err != nil {
-		return err
+		return broker.Ask{}, none, err
 	}
 	key, err := idempotencyKey(r.Header.Values("Idempotency-Key"))
 	if err != nil {
-		return err
+		return broker.Ask{}, none, err
 	}
 	raw, err := server.Body(r)
 	if err != nil {
-		return err
+		return broker.Ask{}, none, err
 	}
 	body, canonical, err := decodeCredential(raw)
 	if err != nil {
-		return err
+		return broker.Ask{}, none, err
 	}
-	ask := broker.Ask{
+	return broker.Ask{
 		Step: step, Run: body.Run, Scope: body.Scope, TTL: body.TTL, Reason: body.Reason, Subject: body.Subject,
 		Params: body.Params, Delivery: body.Delivery, PublicKey: body.PublicKey, Audience: body.Audience,
 		Receipt: body.Receipt, Key: key, Body: canonical, Wait: preferWait(r.Header.Values("Prefer")), Arrived: server.Arrived(r.Context()),
+	}, body, nil
+}
+
+// rateHeaders says what the caller has of its rates, as
+// draft-ietf-httpapi-ratelimit-headers-10 has it. The quota is the burst of a
+// rate, its window the time in which all of it is refilled; times are in whole
+// seconds, rounded up.
+func rateHeaders(h http.Header, quotas []broker.Quota) {
+	seconds := func(d time.Duration) int64 { return int64((d.Round(time.Millisecond) + time.Second - 1) / time.Second) }
+	var policies, left []string
+	for _, q := range quotas {
+		policies = append(policies, fmt.Sprintf("%q;q=%d;w=%d", q.Of, q.Burst, seconds(q.Window)))
+		left = append(left, fmt.Sprintf("%q;r=%d;t=%d", q.Of, q.Remaining, seconds(q.Reset)))
+	}
+	if len(quotas) > 0 {
+		h.Set("RateLimit-Policy", strings.Join(policies, ", "))
+		h.Set("RateLimit", strings.Join(left, ", "))
+	}
+}
+
+// credential answers a call for a credential. What a limit refuses is on record
+// as access.refused, folded, and as nothing else.
+func (a *handlers) credential(w http.ResponseWriter, r *http.Request) error {
+	err := a.issue(w, r)
+	var limited *broker.Limited
+	var doc *problem.Problem
+	if errors.As(err, &limited) && errors.As(toProblem(err), &doc) {
+		a.Guard.Refuse(w, r, doc)
+		return nil
+	}
+	return err
+}
+
+func (a *handlers) issue(w http.ResponseWriter, r *http.Request) error {
+	ask, body, unread := readAsk(r)
+	quotas, err := a.Broker.Charge(r.Context(), a.who(r), ask.Scope)
+	rateHeaders(w.Header(), quotas)
+	if err != nil {
+		return err
+	}
+	if unread != nil {
+		return unread
 	}
 	if body.SubjectToken != "" {
 		if a.Subject == nil {

@@ -123,7 +123,7 @@ func (s *syncBuffer) Write(p []byte) (int, error) {
 
 func (s *syncBuffer) Sync() error { return nil }
 
-func newWorld(t testing.TB) *world {
+func newWorld(t testing.TB, change ...func(*broker.Config)) *world {
 	t.Helper()
 	w := &world{t: t, dir: t.TempDir(), tokens: map[string]string{}, logs: &syncBuffer{}, redis: redistest.Start(t)}
 	log := zap.New(zapcore.NewCore(zapcore.NewJSONEncoder(zap.NewProductionEncoderConfig()), w.logs, zap.DebugLevel))
@@ -145,8 +145,12 @@ func newWorld(t testing.TB) *world {
 	// Room for one session of HTTP, and no other protocol.
 	g := gateway.New(gateway.Config{Recorder: (*recorder)(w), TrustDomain: trustDomain, MaxSessions: 1, Log: log,
 		Addresses: map[string]string{store.ProtocolHTTP: "https://gateway.test:8789"}})
-	w.broker, err = broker.New(broker.Config{Writer: "broker-1", Gateway: g, TrustDomain: trustDomain, Recorder: (*recorder)(w), Issuer: minting{iss, w},
-		Scopes: w, PeopleURL: "https://people.test", Inflight: state, Identity: identity, PrivacyKey: store.PrivacyKey(key), Grace: 2 * time.Second, Tick: 20 * time.Millisecond, Log: log})
+	cfg := broker.Config{Writer: "broker-1", Gateway: g, TrustDomain: trustDomain, Recorder: (*recorder)(w), Issuer: minting{iss, w},
+		Scopes: w, PeopleURL: "https://people.test", Inflight: state, Identity: identity, PrivacyKey: store.PrivacyKey(key), Grace: 2 * time.Second, Tick: 20 * time.Millisecond, Log: log}
+	for _, c := range change {
+		c(&cfg)
+	}
+	w.broker, err = broker.New(cfg)
 	ok(t, err)
 	t.Cleanup(func() { _ = w.broker.Close(); g.Close(); _ = state.Close(); _ = iss.Close() })
 

@@ -17,6 +17,7 @@ import (
 	"github.com/goccy/go-yaml"
 
 	"github.com/countersign-dev/countersign/api/auth"
+	"github.com/countersign-dev/countersign/broker"
 	"github.com/countersign-dev/countersign/store/siem"
 )
 
@@ -38,6 +39,7 @@ type serveConfig struct {
 	Recorder      recorderConfig `yaml:"recorder"`      // the recorder that this broker writes to
 	Vault         vaultConfig    `yaml:"vault"`         // the Vault that credentials come from
 	Redis         redisConfig    `yaml:"redis"`         // what is in flight; see operations.md
+	Limits        broker.Limits  `yaml:"limits"`        // how much callers may use; see operations.md
 	Orchestrators callersConfig  `yaml:"orchestrators"` // who may ask
 	FirstTTL      time.Duration  `yaml:"first_ttl"`     // of a child token until its issuance is on record; also the grace for abandoned intents; 1s to 60s; 60s by default
 	Drain         time.Duration  `yaml:"drain"`         // how long SIGTERM waits for calls under way; 10s by default
@@ -162,6 +164,9 @@ func (c *serveConfig) check() error {
 	}
 	if err := c.Redis.check(); err != nil {
 		return err
+	}
+	if err := c.Limits.Check(); err != nil {
+		return fmt.Errorf("limits: %w", err)
 	}
 	for _, kv := range [][2]string{{"recorder.url", c.Recorder.URL}, {"recorder.page", cmp.Or(c.Recorder.Page, c.Recorder.URL)}, {"vault.addr", c.Vault.Addr}} {
 		if err := secureURL(kv[1]); err != nil {

@@ -94,7 +94,7 @@ func (c *serveConfig) options(log *zap.Logger) (*machinesOptions, error) {
 		writer: c.Recorder.Writer, trustDomain: c.TrustDomain, publicURL: strings.TrimSuffix(c.PublicURL, "/"),
 		identityKey: c.IdentityKey, identityLead: c.IdentityLead, peopleURL: cmp.Or(c.Recorder.Page, c.Recorder.URL),
 		vault:    issuer.Config{Addr: c.Vault.Addr, Namespace: c.Vault.Namespace, CA: c.Vault.CA, Login: issuer.Login{TokenFile: c.Vault.Token}},
-		firstTTL: c.FirstTTL, log: log,
+		firstTTL: c.FirstTTL, limits: c.Limits, log: log,
 	}
 	if a := c.Vault.AppRole; a != nil {
 		o.vault.Login.AppRole = &issuer.AppRole{Mount: a.Mount, RoleID: a.RoleID, SecretIDFile: a.SecretID}
@@ -180,6 +180,7 @@ type machinesOptions struct {
 	oidc                           *auth.Issuers // nil: none
 	vault                          issuer.Config // address and login; an empty address: none
 	redis                          inflight.Options
+	limits                         broker.Limits
 	firstTTL                       time.Duration
 	gateway                        *gateway.Config // the access path, but for what it shares with the broker; nil: none
 	proxyCA                        string          // directory of the forward proxy's authority; empty: no forward proxy
@@ -229,7 +230,7 @@ func openMachines(ctx context.Context, o *machinesOptions) (_ *machines, err err
 	}
 	m.broker, err = broker.New(broker.Config{
 		Writer: o.writer, TrustDomain: o.trustDomain, Recorder: o.recorder, Issuer: m.issuer, Scopes: o.scopes,
-		Inflight: m.inflight, Identity: m.identity, Gateway: m.gateway, PeopleURL: o.peopleURL, PrivacyKey: o.privacyKey, Grace: o.firstTTL, Log: o.log.Named("broker"),
+		Inflight: m.inflight, Identity: m.identity, Gateway: m.gateway, PeopleURL: o.peopleURL, PrivacyKey: o.privacyKey, Limits: o.limits, Grace: o.firstTTL, Log: o.log.Named("broker"),
 	})
 	if err != nil {
 		return nil, err
