@@ -237,6 +237,10 @@ func (r *Recorder) try(ctx context.Context, fn func(context.Context) error) erro
 	}
 }
 
+// ErrRefused says that the recorder does not take this writer: a matter of its
+// token, its certificate, or of which server answers.
+var ErrRefused = errors.New("the recorder refused this writer")
+
 // refusal translates what the recorder said, and reports whether saying it
 // again would change nothing. The recorder's problem documents are quoted, not
 // wrapped: they are about the writer, and must not reach the writer's callers
@@ -264,7 +268,7 @@ func refusal(err error) (error, bool) {
 		return p, false
 	}
 	// Not our recorder, or not our writer's token: a matter of configuration.
-	return fmt.Errorf("%w: the recorder refused this writer: %v", store.ErrUnavailable, p), true
+	return fmt.Errorf("%w: %w: %v", store.ErrUnavailable, ErrRefused, p), true
 }
 
 // Follow calls fn with what comes to be on record after the entry with the

@@ -5,77 +5,197 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
+	"slices"
 	"strings"
+	"syscall"
+	"text/tabwriter"
 	"time"
 
 	"github.com/goccy/go-yaml"
 	"github.com/spf13/cobra"
-	"go.uber.org/zap"
+)
 
-	"github.com/countersign-dev/countersign/issuer"
-	"github.com/countersign-dev/countersign/store/inflight"
+// level says how bad a finding is.
+type level string
+
+const (
+	levelOK        level = "ok"
+	levelSkipped   level = "skipped"   // nobody asked for it, or there is nothing to look at
+	levelWarning   level = "warning"   // it runs, and somebody will be sorry
+	levelUnchecked level = "unchecked" // it was asked for, and could not be looked at
+	levelFault     level = "fault"     // it does not run, or is not safe
 )
 
 // finding is one thing that doctor looked at.
 type finding struct {
-	What    string `json:"what"`
-	OK      bool   `json:"ok"`
-	Message string `json:"message,omitzero"` // what is wrong and what to do, or a detail
+	Check   string `json:"check"` // a code of docs/doctor.md
+	Level   level  `json:"level"`
+	What    string `json:"what"`             // the key, file, scope or server that was looked at
+	Message string `json:"message,omitzero"` // what is wrong, or a detail
+	Mend    string `json:"mend,omitzero"`    // what to do about it
+}
+
+// doctor collects findings.
+type doctor struct {
+	now      func() time.Time
+	free     func(path string) (bytes uint64, err error) // what a disk has left
+	operator string                                      // Vault token of an operator; empty: none was given
+	findings []finding
+}
+
+func newDoctor() *doctor { return &doctor{now: time.Now, free: freeBytes} }
+
+func (d *doctor) add(l level, check, what, message string) {
+	i := slices.IndexFunc(checks, func(c doctorCheck) bool { return c.code == check })
+	if i < 0 {
+		panic("doctor: no check " + check)
+	}
+	f := finding{Check: check, Level: l, What: what, Message: message}
+	if l == levelFault || l == levelWarning {
+		f.Mend = checks[i].mend
+	}
+	d.findings = append(d.findings, f)
+}
+
+func (d *doctor) ok(check, what, detail string) { d.add(levelOK, check, what, detail) }
+
+func (d *doctor) skip(check, what, why string) { d.add(levelSkipped, check, what, why) }
+
+func (d *doctor) warn(check, what, format string, args ...any) {
+	d.add(levelWarning, check, what, fmt.Sprintf(format, args...))
+}
+
+func (d *doctor) fault(check, what, format string, args ...any) {
+	d.add(levelFault, check, what, fmt.Sprintf(format, args...))
+}
+
+func (d *doctor) unchecked(check, what string, err error) {
+	d.add(levelUnchecked, check, what, err.Error())
+}
+
+// look records err as a fault, or the detail where there is none. It reports
+// whether all is well.
+func (d *doctor) look(check, what string, err error, detail string) bool {
+	if err != nil {
+		d.fault(check, what, "%v", err)
+		return false
+	}
+	d.ok(check, what, detail)
+	return true
 }
 
 func doctorCommand() *cobra.Command {
-	var config, output string
+	var files []string
+	var output, operator string
 	cmd := &cobra.Command{
-		Use:   "doctor --config FILE",
-		Short: "Check a configuration of serve or record, and what it names",
-		Long: `Check a configuration of serve or record before the first request does: its
-keys, the files it names and who may read them; for serve also the recorder,
-Vault and each capability that the catalogue needs there, and Redis. Nothing
-is changed and nothing is minted. Exit status 1 when something is wrong.`,
+		Use:   "doctor --config FILE [--config FILE]...",
+		Short: "Find what is wrong with a configuration, and say how to mend it",
+		Long: `Find what is wrong with a configuration of serve, record or witness before the
+first request does: its files and who may read them, certificates, clocks and
+disks, and every server that it names: recorder, Vault, Redis, PostgreSQL,
+OpenID provider, Slack, witnesses. docs/doctor.md lists what is looked at.
+Several files at once are also compared with each other, as two brokers, or a
+broker and its recorder, have to agree.
+
+Nothing is minted and nothing on record is changed. The login to Vault is
+renewed, as the broker does all the time, and keys that are tried in Redis go
+within a second. What the broker itself may not read in Vault (token roles,
+database roles, audit devices) is looked at with an operator's token:
+--vault-token-file.
+
+Exit status 0: no fault (there may be warnings); 1: a fault; 2: no fault, but
+not all could be checked.`,
+		Example: `  countersign doctor --config serve.yaml --vault-token-file operator.token
+  countersign doctor --config broker-1.yaml --config broker-2.yaml --config record.yaml`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			ctx, cancel := context.WithTimeout(cmd.Context(), time.Minute)
+			ctx, cancel := context.WithTimeout(cmd.Context(), 2*time.Minute)
 			defer cancel()
-			findings, err := examine(ctx, config)
-			if err != nil {
-				return err
-			}
-			bad := 0
-			for _, f := range findings {
-				if !f.OK {
-					bad++
+			d := newDoctor()
+			if operator != "" {
+				var err error
+				if d.operator, err = readSecret(operator); err != nil {
+					return &exitError{code: 2, err: fmt.Errorf("--vault-token-file: %w", err)}
 				}
+			}
+			if err := d.examine(ctx, files); err != nil {
+				return &exitError{code: 2, err: err}
 			}
 			if output == "json" {
 				if err := printJSON(cmd, struct {
 					Findings []finding `json:"findings"`
-				}{findings}); err != nil {
+				}{d.findings}); err != nil {
 					return err
 				}
 			} else {
-				for _, f := range findings {
-					mark := "ok  "
-					if !f.OK {
-						mark = "BAD "
-					}
-					fmt.Fprintln(cmd.OutOrStdout(), strings.TrimRight(mark+f.What+": "+f.Message, ": "))
-				}
+				d.print(cmd)
 			}
-			if bad > 0 {
-				return fmt.Errorf("%d of %d checks found something wrong", bad, len(findings))
-			}
-			return nil
+			return d.verdict()
 		},
 	}
-	configFlag(cmd, &config)
+	cmd.Flags().StringArrayVar(&files, "config", nil, "configuration file (YAML) of serve, record or witness; may be given several times")
+	_ = cmd.MarkFlagRequired("config")
+	_ = cmd.MarkFlagFilename("config", "yaml", "yml")
+	cmd.Flags().StringVar(&operator, "vault-token-file", "", "file of an operator's Vault token, to look at what the broker may not read")
 	outputFlag(cmd, &output, "text", "text", "json")
 	return cmd
 }
 
-// examine tells the two kinds of configuration apart by the keys that only one
-// of them has.
-func examine(ctx context.Context, path string) ([]finding, error) {
+// print writes the findings as one list.
+func (d *doctor) print(cmd *cobra.Command) {
+	w := tabwriter.NewWriter(cmd.OutOrStdout(), 0, 0, 2, ' ', 0)
+	for _, f := range d.findings {
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", f.Level, f.Check, f.What, f.Message)
+		if f.Mend != "" {
+			fmt.Fprintf(w, "\t\t\tmend: %s\n", f.Mend)
+		}
+	}
+	_ = w.Flush()
+}
+
+// verdict is the exit status of what was found.
+func (d *doctor) verdict() error {
+	n := map[level]int{}
+	for _, f := range d.findings {
+		n[f.Level]++
+	}
+	switch {
+	case n[levelFault] > 0:
+		return fmt.Errorf("%d of %d checks found a fault; docs/doctor.md says more", n[levelFault], len(d.findings))
+	case n[levelUnchecked] > 0:
+		return &exitError{code: 2, err: fmt.Errorf("%d of %d checks could not be done", n[levelUnchecked], len(d.findings))}
+	}
+	return nil
+}
+
+// examine looks at each of files, and then at how they go together.
+func (d *doctor) examine(ctx context.Context, files []string) error {
+	var all together
+	for _, path := range files {
+		c, err := anyConfig(path)
+		if err != nil {
+			return err
+		}
+		switch c := c.(type) {
+		case *serveConfig:
+			d.serve(ctx, c)
+			all.serve = append(all.serve, c)
+		case *recordConfig:
+			d.record(ctx, c)
+			all.record = append(all.record, c)
+		case *witnessConfig:
+			d.witness(c)
+		}
+	}
+	if len(files) > 1 {
+		d.together(&all)
+	}
+	return nil
+}
+
+// anyConfig reads a configuration, and tells the three kinds apart by the keys
+// that only one of them has.
+func anyConfig(path string) (interface{ check() error }, error) {
 	b, err := os.ReadFile(path)
 	if err != nil {
 		return nil, err
@@ -84,155 +204,135 @@ func examine(ctx context.Context, path string) ([]finding, error) {
 	if err := yaml.Unmarshal(b, &keys); err != nil {
 		return nil, fmt.Errorf("%s is not YAML: %w", path, err)
 	}
-	if keys["recorder"] != nil || keys["vault"] != nil {
-		var c serveConfig
-		if err := errors.Join(loadConfig(path, &c), c.check()); err != nil {
-			return nil, err
-		}
-		return c.examine(ctx), nil
+	var c interface{ check() error } = &recordConfig{}
+	switch {
+	case keys["recorder"] != nil || keys["vault"] != nil:
+		c = &serveConfig{}
+	case keys["logs"] != nil:
+		c = &witnessConfig{}
 	}
-	var c recordConfig
-	if err := errors.Join(loadConfig(path, &c), c.check()); err != nil {
+	if err := parseConfig(path, b, c); err != nil {
 		return nil, err
 	}
-	return c.examine(), nil
-}
-
-// doctor collects findings.
-type doctor []finding
-
-// look records err, or the detail where there is none. It reports whether all
-// is well.
-func (d *doctor) look(what string, err error, detail string) bool {
-	if err != nil {
-		*d = append(*d, finding{What: what, Message: err.Error()})
-		return false
+	if err := c.check(); err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
 	}
-	*d = append(*d, finding{What: what, OK: true, Message: detail})
-	return true
+	return c, nil
 }
 
 // secret checks that a file of a secret can be read, by its owner alone.
-func (d *doctor) secret(what, path string) {
+func (d *doctor) secret(key, path string) {
 	if path == "" {
 		return
 	}
+	what := key + " " + path
 	_, err := readSecret(path)
-	if info, statErr := os.Stat(path); err == nil && statErr == nil && info.Mode().Perm()&0o077 != 0 {
-		err = fmt.Errorf("%s may be read by others: chmod 600 it", path)
-	}
 	if errors.Is(err, os.ErrNotExist) {
-		err = fmt.Errorf("%s is missing; docs/operations.md says how it is made", path)
+		err = errors.New("is missing")
 	}
-	d.look(what, err, path)
-}
-
-func (c *serveConfig) examine(ctx context.Context) []finding {
-	var d doctor
-	_, err := c.Listen.tls()
-	d.look("listen", err, c.Listen.Addr)
-	d.secret("privacy_key", c.PrivacyKey)
-	d.secret("identity_key", c.IdentityKey)
-	d.secret("listen.key", c.Listen.Key)
-	d.secret("recorder.token_file", c.Recorder.Token)
-	d.secret("recorder.key", c.Recorder.Key)
-	d.secret("vault.token_file", c.Vault.Token)
-	if c.Vault.AppRole != nil {
-		d.secret("vault.approle.secret_id_file", c.Vault.AppRole.SecretID)
-	}
-	d.secret("redis.url_file", c.Redis.URL)
-	d.secret("redis.password_file", c.Redis.Password)
-	d.secret("redis.sentinel_password_file", c.Redis.SentinelPassword)
-	if c.Redis.TLS != nil {
-		d.secret("redis.tls.key", c.Redis.TLS.Key)
-	}
-
-	// What the doctor sees of the log is not what the broker has seen: its head
-	// file is the broker's to write.
-	c.Recorder.HeadFile = ""
-	o, err := c.options(zap.NewNop())
-	if !d.look("files, catalogue and policy", err, "") {
-		return d
-	}
-	d[len(d)-1].Message = fmt.Sprintf("%d scopes, %s", len(o.scopes.Current().Scopes()), o.scopes.Current().Digest())
-	defer o.recorder.Close()
-	a, err := o.recorder.Open(ctx, "")
-	if err == nil {
-		d.look("recorder", nil, fmt.Sprintf("answers as %s, %d entries open", o.logKey.Origin(), len(a.Entries)))
-	} else {
-		d.look("recorder", fmt.Errorf("%w; is it up, is recorder.log_key its key, and recorder.writer's token in its token file?", err), "")
-	}
-	d.vault(ctx, o)
-	if !c.Redis.Embedded {
-		s, err := inflight.Open(o.redis)
-		if err == nil {
-			err = s.Ping(ctx)
-			_ = s.Close()
-		}
-		d.look("redis", err, "answers")
-	}
-	return d
-}
-
-// vault checks login and capabilities.
-func (d *doctor) vault(ctx context.Context, o *machinesOptions) {
-	if _, err := os.Stat(o.identityKey); err != nil {
-		return // found above, and never made here
-	}
-	id, err := issuer.OpenIdentity(issuer.IdentityConfig{Issuer: o.publicURL, TrustDomain: o.trustDomain, KeyFile: o.identityKey, Lead: o.identityLead})
-	if !d.look("step identity", err, o.publicURL) {
+	if !d.look("secret-file", what, err, "") {
 		return
 	}
-	vault := o.vault
-	vault.TrustDomain, vault.Log, vault.Scopes, vault.Identity, vault.FirstTTL = o.trustDomain, o.logKey, o.scopes.Current, id, o.firstTTL
-	i, err := issuer.New(ctx, vault)
-	if err == nil {
-		err = i.Ping(ctx)
-	}
-	if !d.look("vault", err, "logged in at "+vault.Addr) {
-		return
-	}
-	defer i.Close()
-	missing, err := i.CheckCapabilities(ctx)
-	if err != nil || len(missing) == 0 {
-		d.look("vault capabilities", err, "all that the catalogue needs")
-	}
-	for _, m := range missing {
-		what := "vault capabilities"
-		if m.Scope != "" {
-			what += " of " + m.Scope
-		}
-		d.look(what, fmt.Errorf("%s on %s is missing: %s", m.Capability, m.Path, m.Note), "")
+	info, err := os.Stat(path)
+	if err == nil && info.Mode().Perm()&0o077 != 0 {
+		d.fault("secret-open", what, "may be read by others (mode %04o)", info.Mode().Perm())
 	}
 }
 
-func (c *recordConfig) examine() []finding {
-	var d doctor
-	_, err := c.Listen.tls()
-	d.look("listen", err, c.Listen.Addr)
-	d.secret("log_key", c.LogKey)
-	d.secret("privacy_key", c.PrivacyKey)
-	d.secret("listen.key", c.Listen.Key)
-	o, err := c.options(zap.NewNop())
-	if !d.look("files", err, "") {
-		return d
+const (
+	diskLow   = 1 << 30   // bytes left at which it is time to look
+	diskEmpty = 100 << 20 // bytes left that a busy day writes
+)
+
+// disk looks at what is left where path is, or will be.
+func (d *doctor) disk(key, path string) {
+	at := existing(path)
+	left, err := d.free(at)
+	switch {
+	case err != nil:
+		d.unchecked("disk", key+" "+path, err)
+	case left < diskEmpty:
+		d.fault("disk", key+" "+path, "%d MiB are left", left>>20)
+	case left < diskLow:
+		d.warn("disk", key+" "+path, "%d MiB are left", left>>20)
+	default:
+		d.ok("disk", key+" "+path, fmt.Sprintf("%d GiB left", left>>30))
 	}
-	d[len(d)-1].Message = "log " + o.ledger.Signer.Name()
-	if names := writers(o); len(names) == 0 {
-		d.look("writers", errors.New("nobody may write: `countersign token create --role writer` makes a broker's token, certificates names client certificates"), "")
+}
+
+// freeBytes is what a process without privileges may still write where path is.
+func freeBytes(path string) (uint64, error) {
+	var s syscall.Statfs_t
+	if err := syscall.Statfs(path, &s); err != nil {
+		return 0, err
 	}
-	for _, dir := range [][2]string{{"dir", c.Dir}, {"head_file", filepath.Dir(c.HeadFile)}, {"keys_file", filepath.Dir(c.KeysFile)}} {
-		if dir[1] == "." {
-			continue // not set: beside the ledger
+	return s.Bavail * uint64(s.Bsize), nil
+}
+
+// existing is path, or the nearest directory above it that there is.
+func existing(path string) string {
+	for {
+		if _, err := os.Stat(path); err == nil {
+			return path
 		}
-		info, err := os.Stat(dir[1])
+		up := strings.TrimSuffix(path[:strings.LastIndex(path, "/")+1], "/")
 		switch {
-		case errors.Is(err, os.ErrNotExist) && dir[0] == "dir":
-			err = nil // made at the first start
-		case err == nil && !info.IsDir():
-			err = fmt.Errorf("%s is not a directory", dir[1])
+		case strings.HasPrefix(path, "/") && up == "":
+			return "/"
+		case up == "":
+			return "."
 		}
-		d.look(dir[0], err, dir[1])
+		path = up
 	}
-	return d
+}
+
+// writable checks that files can be made in dir, by making one. missing says
+// whether dir may be missing, since it is made at the first start.
+func (d *doctor) writable(check, key, dir string, missing bool) {
+	what := key + " " + dir
+	info, err := os.Stat(dir)
+	if missing && errors.Is(err, os.ErrNotExist) {
+		dir = existing(dir)
+		info, err = os.Stat(dir)
+	}
+	switch {
+	case err != nil:
+		d.fault(check, what, "%v", err)
+		return
+	case !info.IsDir():
+		d.fault(check, what, "is no directory")
+		return
+	}
+	f, err := os.CreateTemp(dir, ".doctor-*")
+	if err == nil {
+		err = errors.Join(f.Close(), os.Remove(f.Name()))
+	}
+	d.look(check, what, err, "")
+}
+
+const (
+	skewNoticed = 2 * time.Second
+	// skewWrong leaves a receipt half of its 30 s.
+	skewWrong = 15 * time.Second
+)
+
+// clock compares this machine's clock with another's, of which theirs was read
+// between before and now; coarse is by how much theirs may be cut off.
+func (d *doctor) clock(what string, before, theirs time.Time, coarse time.Duration) {
+	after := d.now()
+	var skew time.Duration
+	switch {
+	case theirs.Add(coarse).Before(before):
+		skew = theirs.Add(coarse).Sub(before)
+	case theirs.After(after):
+		skew = theirs.Sub(after)
+	}
+	switch text := fmt.Sprintf("its clock is %s off this machine's", skew.Round(100*time.Millisecond)); {
+	case skew.Abs() >= skewWrong:
+		d.fault("clock", what, "%s", text)
+	case skew.Abs() >= skewNoticed:
+		d.warn("clock", what, "%s", text)
+	default:
+		d.ok("clock", what, "")
+	}
 }

@@ -19,7 +19,7 @@ import (
 	"github.com/goccy/go-yaml"
 )
 
-//go:generate go test -run ^TestTheConfigurationReferenceIsWhatTheCodeSays$ -update .
+//go:generate go test -run ^TestTheReferencesAreWhatTheCodeSays$ -update .
 
 // configured are the processes that have a configuration file.
 var configured = []struct {
@@ -295,20 +295,49 @@ func taken(t testing.TB, command string, text []byte) error {
 	return nil
 }
 
-func TestTheConfigurationReferenceIsWhatTheCodeSays(t *testing.T) {
-	const file = "../../docs/configuration.md"
-	want := reference(t)
-	if *update {
-		if err := os.WriteFile(file, want, 0o644); err != nil {
+// ailments is docs/doctor.md.
+func ailments() []byte {
+	var b bytes.Buffer
+	b.WriteString(`# What doctor finds
+
+<!-- Made from the code by ` + "`go generate ./cmd/countersign`" + `; a test compares the two. Change cmd/countersign/doctor_checks.go instead. -->
+
+` + "```sh" + `
+countersign doctor --config serve.yaml --vault-token-file operator.token
+countersign doctor --config broker-1.yaml --config broker-2.yaml --config record.yaml
+` + "```" + `
+
+Run it before the first start, after each change, and when something is wrong. It reads the files of serve, record and witness, and asks the servers that they name; the process itself need not run. Several files at once are also compared with each other. Run it as the user that the process runs as: whether a file can be read is a matter of that.
+
+Each line is one thing that was looked at: ` + "`ok`" + `; ` + "`skipped`" + ` (there is nothing to look at, or nobody asked for it); ` + "`warning`" + ` (it runs, and somebody will be sorry); ` + "`unchecked`" + ` (it could not be looked at); ` + "`fault`" + ` (it does not run, or is not safe). Under a warning or a fault stands how to mend it. ` + "`-o json`" + ` gives ` + "`{\"findings\":[{\"check\",\"level\",\"what\",\"message\",\"mend\"}]}`" + `. No secret is shown. Exit status 0: no fault; 1: a fault; 2: no fault, but not all could be checked, a file that is no configuration among it.
+
+Nothing is minted, and nothing on record is changed. The broker's login to Vault is renewed, as the broker does all the time; keys that are tried in Redis are gone within a second; a login is begun at the OpenID provider and not ended; files made to see whether a directory can be written are taken away at once.
+
+The broker's own login to Vault may not read token roles, policies, mounts, database roles and audit devices, and should not. Give ` + "`--vault-token-file`" + ` with an operator's token that may read them, and these are looked at too.
+
+| check | of | what is wrong | how to mend it |
+|---|---|---|---|
+`)
+	for _, c := range checks {
+		fmt.Fprintf(&b, "| `%s` | %s | %s | %s |\n", c.code, c.of, cell(c.title), cell(c.mend))
+	}
+	return b.Bytes()
+}
+
+func TestTheReferencesAreWhatTheCodeSays(t *testing.T) {
+	for file, want := range map[string][]byte{"../../docs/configuration.md": reference(t), "../../docs/doctor.md": ailments()} {
+		if *update {
+			if err := os.WriteFile(file, want, 0o644); err != nil {
+				t.Fatal(err)
+			}
+		}
+		got, err := os.ReadFile(file)
+		if err != nil {
 			t.Fatal(err)
 		}
-	}
-	got, err := os.ReadFile(file)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if !bytes.Equal(got, want) {
-		t.Error("docs/configuration.md is not what the code says: run `go generate ./cmd/countersign`")
+		if !bytes.Equal(got, want) {
+			t.Errorf("%s is not what the code says: run `go generate ./cmd/countersign`", file)
+		}
 	}
 }
 

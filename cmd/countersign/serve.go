@@ -136,16 +136,32 @@ func (c *serveConfig) options(log *zap.Logger) (*machinesOptions, error) {
 
 // client is a client of the recorder that c names.
 func (c *recorderConfig) client(logKey *store.LogVerifier, log *zap.Logger) (*client.Recorder, error) {
-	transport := http.DefaultTransport.(*http.Transport).Clone()
-	// Appends of a busy broker keep their connections.
-	transport.MaxIdleConnsPerHost = 64
-	transport.TLSClientConfig = &tls.Config{MinVersion: tls.VersionTLS12}
+	transport, err := c.transport()
+	if err != nil {
+		return nil, err
+	}
 	conf := client.RecorderConfig{
 		Config: client.Config{URL: c.URL, Transport: transport},
 		Log:    logKey, HeadFile: c.HeadFile, Writer: c.Writer, Logger: log.Named("recorder-client"),
 	}
-	var err error
+	if c.Token != "" {
+		if _, err := readSecret(c.Token); err != nil {
+			return nil, fmt.Errorf("recorder.token_file: %w", err)
+		}
+		conf.Token = func() (string, error) { return readSecret(c.Token) }
+	}
+	return client.NewRecorder(conf)
+}
+
+// transport is how c's recorder is reached: by its authority, with this broker's
+// certificate where it has one.
+func (c *recorderConfig) transport() (*http.Transport, error) {
+	transport := http.DefaultTransport.(*http.Transport).Clone()
+	// Appends of a busy broker keep their connections.
+	transport.MaxIdleConnsPerHost = 64
+	transport.TLSClientConfig = &tls.Config{MinVersion: tls.VersionTLS12}
 	if c.CA != "" {
+		var err error
 		if transport.TLSClientConfig.RootCAs, err = certPool(c.CA); err != nil {
 			return nil, fmt.Errorf("recorder.ca: %w", err)
 		}
@@ -157,13 +173,7 @@ func (c *recorderConfig) client(logKey *store.LogVerifier, log *zap.Logger) (*cl
 		}
 		transport.TLSClientConfig.Certificates = []tls.Certificate{cert}
 	}
-	if c.Token != "" {
-		if _, err := readSecret(c.Token); err != nil {
-			return nil, fmt.Errorf("recorder.token_file: %w", err)
-		}
-		conf.Token = func() (string, error) { return readSecret(c.Token) }
-	}
-	return client.NewRecorder(conf)
+	return transport, nil
 }
 
 // machinesOptions are what one broker process is made of.

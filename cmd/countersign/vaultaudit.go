@@ -113,20 +113,21 @@ func (c *vaultAuditConfig) listen() (net.Listener, error) {
 	return net.Listen("unix", path)
 }
 
-// hasher asks Vault for audit hashes. Nothing is taken from the environment.
-func (c *vaultAuditConfig) hasher() (func(context.Context, string) (string, error), error) {
+// vaultClient is a client of the Vault at addr, without a token. Nothing is taken
+// from the environment.
+func vaultClient(addr, namespace, ca string) (*api.Client, error) {
 	t := &http.Transport{
 		DialContext:     (&net.Dialer{Timeout: 5 * time.Second}).DialContext,
 		TLSClientConfig: &tls.Config{MinVersion: tls.VersionTLS12}, TLSHandshakeTimeout: 5 * time.Second,
 		ForceAttemptHTTP2: true, IdleConnTimeout: 90 * time.Second,
 	}
-	if c.CA != "" {
+	if ca != "" {
 		var err error
-		if t.TLSClientConfig.RootCAs, err = certPool(c.CA); err != nil {
+		if t.TLSClientConfig.RootCAs, err = certPool(ca); err != nil {
 			return nil, fmt.Errorf("ca: %w", err)
 		}
 	}
-	v, err := api.NewClient(&api.Config{Address: c.Addr, Timeout: 10 * time.Second, MaxRetries: 0, HttpClient: &http.Client{
+	v, err := api.NewClient(&api.Config{Address: addr, Timeout: 10 * time.Second, MaxRetries: 0, HttpClient: &http.Client{
 		Transport:     t,
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}})
@@ -134,11 +135,21 @@ func (c *vaultAuditConfig) hasher() (func(context.Context, string) (string, erro
 		return nil, fmt.Errorf("making the Vault client: %w", err)
 	}
 	h := http.Header{api.RequestHeaderName: {"true"}}
-	if c.Namespace != "" {
-		h.Set(api.NamespaceHeaderName, c.Namespace)
+	if namespace != "" {
+		h.Set(api.NamespaceHeaderName, namespace)
 	}
 	v.SetHeaders(h)
 	v.SetWrappingLookupFunc(func(string, string) string { return "" })
+	v.ClearToken()
+	return v, nil
+}
+
+// hasher asks Vault for audit hashes.
+func (c *vaultAuditConfig) hasher() (func(context.Context, string) (string, error), error) {
+	v, err := vaultClient(c.Addr, c.Namespace, c.CA)
+	if err != nil {
+		return nil, err
+	}
 	device := strings.Trim(c.device(), "/")
 	return func(ctx context.Context, input string) (string, error) {
 		token, err := readSecret(c.Token)
