@@ -139,6 +139,10 @@ func tell(e *store.Entry) *told {
 		t.Title = "The orchestrator took the request back"
 	case store.RequestVoid:
 		t.Title, t.Tone = "Void: what would be granted had changed", "warn"
+		if e.Cause != nil && *e.Cause == store.CauseFrozen {
+			t.Title = "Void: a responder stopped it"
+			t.fact("Freeze", details[store.FrozenDetails](e).Freeze)
+		}
 	case store.CredentialIssuing:
 		d := details[store.IssuingDetails](e)
 		t.Title = "The broker put on record that it was about to mint"
@@ -239,6 +243,7 @@ func tell(e *store.Entry) *told {
 		if what := map[string]string{
 			store.AlertMint: "the broker’s login made a token without an intent on record", store.AlertUse: "a credential was used, and it is not known which",
 			store.AlertLateUse: "a credential was used after its end",
+			store.AlertRevoke:  "credentials under a freeze could not be revoked yet",
 		}[d.Alert]; what != "" {
 			t.Title += ": " + what
 		}
@@ -246,8 +251,11 @@ func tell(e *store.Entry) *told {
 		t.fact("Told by", strings.TrimSpace(d.Source+" "+d.Ref))
 	case store.FreezeSet:
 		t.Title, t.Tone = "A responder stopped credentials", "danger"
+		t.fact("Stopped", details[store.FreezeDetails](e).String())
+		t.fact("Freeze", e.ID)
 	case store.FreezeLifted:
-		t.Title = "A responder lifted a stop"
+		t.Title = "A responder lifted a freeze"
+		t.fact("Freeze", details[store.FreezeLiftedDetails](e).Freeze)
 	case store.PasskeyEnrolled:
 		t.Title = "A person enrolled a passkey"
 		t.fact("For", details[store.EnrolledDetails](e).Origin)

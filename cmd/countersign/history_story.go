@@ -175,6 +175,16 @@ func (s *storyWriter) entry(index int64, e *store.Entry, opened map[string]strin
 			return err
 		}
 		say("ALERT %s: %s", d.Alert, d.What)
+	case store.FreezeSet:
+		d, err := store.DetailsAs[store.FreezeDetails](e)
+		if err != nil {
+			return err
+		}
+		say("FROZEN by %s: %s", cmp.Or(opened[store.SealedPerson], "a responder"), d)
+		s.quote(opened[store.SealedReason])
+	case store.FreezeLifted:
+		say("the freeze is lifted by %s", cmp.Or(opened[store.SealedPerson], "a responder"))
+		s.quote(opened[store.SealedReason])
 	case store.CredentialFailed, store.CredentialAbandoned, store.ApprovalRequested, store.ApprovalExpired, store.RequestVoid, store.RequestWithdrawn:
 		say("%s for %s", strings.Replace(string(e.Type), ".", " ", 1), e.Action)
 	}

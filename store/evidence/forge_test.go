@@ -284,6 +284,22 @@ func (s *scribe) lift(name, hold string) {
 	s.put(name, "recorder", e)
 }
 
+// freeze sets a freeze.
+func (s *scribe) freeze(name, who string, d store.FreezeDetails) {
+	e := &store.Submission{Entry: store.Entry{Type: store.FreezeSet, Run: d.Run, Person: store.Ptr(store.PrivacyKey(make([]byte, 32)).Pseudonym(who))}}
+	e.SetDetails(d)
+	e.Seal(store.SealedPerson, who)
+	e.Seal(store.SealedReason, "a token leaked")
+	s.put(name, "recorder", e)
+}
+
+func (s *scribe) thaw(name, who, freeze string) {
+	e := &store.Submission{Entry: store.Entry{Type: store.FreezeLifted, Run: "r-frozen", Person: store.Ptr(store.PrivacyKey(make([]byte, 32)).Pseudonym(who))}}
+	e.SetDetails(store.FreezeLiftedDetails{Freeze: freeze})
+	e.Seal(store.SealedPerson, who)
+	s.put(name, "recorder", e)
+}
+
 // erase puts the erasure of the texts of named entries on record, and loses them.
 func (s *scribe) erase(name string, kept time.Duration, sensitivity string, names ...string) {
 	d := store.ErasedDetails{Sensitivity: sensitivity, Kept: store.Duration(kept)}
@@ -384,9 +400,12 @@ func (s *scribe) write() *scribe {
 	}
 	s.now = s.now.Add(2 * day)
 	s.erase("erased", day, "low", "1 requested", "a0 requested")
+	s.freeze("freeze", "user:ana", store.FreezeDetails{Run: "r-frozen"})
 	s.high("5", "r-5")
 	s.lift("lifted", s.ids["hold"])
 	s.paths()
+	s.thaw("thaw", "user:ben", s.ids["freeze"])
+	s.low("f", "r-frozen")
 	for i := range 10 {
 		s.low(fmt.Sprintf("b%d", i), "r-last")
 	}
@@ -438,7 +457,7 @@ func (s *scribe) bundle(v view, from, to int64) *parcel {
 	}
 	for i, e := range s.entries {
 		switch e.Type {
-		case store.PasskeyEnrolled, store.PasskeyActivated, store.PolicyLoaded, store.HoldPlaced, store.HoldLifted, store.DetailsErased:
+		case store.PasskeyEnrolled, store.PasskeyActivated, store.PolicyLoaded, store.HoldPlaced, store.HoldLifted, store.FreezeSet, store.FreezeLifted, store.DetailsErased:
 			if shown[int64(i)] {
 				break
 			}

@@ -362,11 +362,13 @@ func (s *selection) scan(ctx context.Context, from, to int64, fn func(int64, []b
 }
 
 // standing adds what was in force: whose passkeys and Slack accounts may decide,
-// the policy, and the holds.
+// the policy, the holds and the freezes. Of these the later ones too, since they
+// judge what of the window's requests is later.
 func (s *selection) standing(ctx context.Context, add func(int64)) error {
-	for _, t := range []store.Type{store.PasskeyEnrolled, store.PasskeyActivated, store.PasskeyRevoked, store.SlackLinked, store.HoldPlaced, store.HoldLifted} {
+	for _, t := range []store.Type{store.PasskeyEnrolled, store.PasskeyActivated, store.PasskeyRevoked, store.SlackLinked, store.HoldPlaced, store.HoldLifted, store.FreezeSet, store.FreezeLifted} {
 		if err := s.history(ctx, ledger.Query{Type: string(t)}, 0, func(h *ledger.HistoryEntry) error {
-			if hold := t == store.HoldPlaced || t == store.HoldLifted; !hold && h.Index >= s.to {
+			later := t == store.HoldPlaced || t == store.HoldLifted || t == store.FreezeSet || t == store.FreezeLifted
+			if !later && h.Index >= s.to {
 				return errPast
 			}
 			add(h.Index)

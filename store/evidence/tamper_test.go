@@ -633,6 +633,19 @@ var tamperings = []tampering{
 		s.after["erased"] = func(s *scribe) { delete(s.lost, s.index["a0 requested"]) }
 	}, kind: KindErasedText, at: "a0 requested"},
 	{name: "a text lost without erasure", log: then("5 asked", func(s *scribe) { s.lost[s.index["5 asked"]] = true }), kind: KindTextMissing, at: "5 asked"},
+	{name: "a request and a mint under a freeze", log: details("freeze", func(d *store.FreezeDetails) { d.Run = "r-5" }), kind: KindOrder, at: "5 requested"},
+	{name: "a request under a freeze that was set before the window", v: view{from: "f requested"}, log: leave("thaw"), kind: KindOrder, at: "f requested"},
+	{name: "a mint under a freeze of everything", log: details("freeze", func(d *store.FreezeDetails) { *d = store.FreezeDetails{All: true} }), kind: KindOrder, at: "5 requested"},
+	{name: "a mint begun under a freeze", v: part, log: then("5 decided", func(s *scribe) { s.freeze("late", "user:ana", store.FreezeDetails{Step: "s5"}) }), kind: KindOrder, at: "5 issuing"},
+	{name: "a freeze lifted by who set it", log: lie("thaw", func(e *store.Submission) {
+		e.Person = store.Ptr(store.PrivacyKey(make([]byte, 32)).Pseudonym("user:ana"))
+		e.Seal(store.SealedPerson, "user:ana")
+	}), kind: KindOrder, at: "thaw"},
+	{name: "a freeze lifted that nobody set", v: part, log: details("thaw", func(d *store.FreezeLiftedDetails) { d.Freeze = store.NewID() }), kind: KindOrder, at: "thaw"},
+	{name: "a freeze lifted twice", log: then("thaw", func(s *scribe) { s.thaw("again", "user:cem", s.ids["freeze"]) }), kind: KindOrder, at: "again"},
+	{name: "a freeze by nobody", log: lie("freeze", func(e *store.Submission) { e.Person = nil }), kind: KindOrder, at: "freeze"},
+	{name: "a freeze lifted by nobody", log: lie("thaw", func(e *store.Submission) { e.Person = nil }), kind: KindOrder, at: "thaw"},
+	{name: "a freeze of nothing", log: details("freeze", func(d *store.FreezeDetails) { *d = store.FreezeDetails{} }), kind: KindOrder, at: "freeze"},
 	{name: "a hold lifted that nobody placed", log: details("lifted", func(d *store.HoldLiftedDetails) { d.Hold = store.NewID() }), kind: KindHold, at: "lifted"},
 	{name: "a hold lifted twice", log: then("lifted", func(s *scribe) { s.lift("again", s.ids["hold"]) }), kind: KindHold, at: "again"},
 	{name: "a hold over nothing", log: details("hold", func(d *store.HoldDetails) { d.Run = "" }), kind: KindHold, at: "hold"},

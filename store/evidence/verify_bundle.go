@@ -506,7 +506,7 @@ func (p *pipeline) counts(d *derivation) {
 // derivationNow numbers what tables and report are made of entries as: raised
 // by every change that makes either other bytes of the same entries, so that a
 // bundle made before it is not taken for a tampered one.
-const derivationNow = 2
+const derivationNow = 3
 
 // derivation derives tables, report and policies from the entries again.
 type derivation struct {

@@ -383,6 +383,14 @@ func refine(ev *event, m *mapping, e *store.Entry) {
 		}
 	case store.CredentialIssuing:
 		ev.Entity = &entity{UID: e.ID}
+	case store.FreezeSet:
+		if d, err := store.DetailsAs[store.FreezeDetails](e); err == nil {
+			ev.Entity = &entity{UID: e.ID, Name: d.String()}
+		}
+	case store.FreezeLifted:
+		if d, err := store.DetailsAs[store.FreezeLiftedDetails](e); err == nil {
+			ev.Entity = &entity{UID: d.Freeze}
+		}
 	case store.CredentialIssued:
 		if d, err := store.DetailsAs[store.IssuedDetails](e); err == nil {
 			ev.Session = &session{UID: d.Intent, Credential: d.Accessor}
@@ -561,6 +569,7 @@ var alerts = map[string]string{
 	store.AlertMint:    "A token was made by the broker's Vault login without an intent on record",
 	store.AlertUse:     "A credential was used, and it is not known which",
 	store.AlertLateUse: "A credential was used after its end",
+	store.AlertRevoke:  "Credentials under a freeze could not be revoked yet",
 }
 
 // matches reports whether t is one of types: exact, or "credential.*"; none

@@ -379,8 +379,14 @@ func (r *Report) take(t taken) error {
 		}
 	case store.AlertRaised:
 		r.raise(alert, t, alertWords(e))
-	case store.FreezeSet, store.FreezeLifted:
-		r.raise(frozen, t, string(e.Type)+": "+cause(e)+detailText(e))
+	case store.FreezeSet:
+		d, err := read[store.FreezeDetails](e)
+		r.raise(frozen, t, keep("stopped: "+d.String()).String(), t.said(store.SealedReason))
+		return err
+	case store.FreezeLifted:
+		d, err := read[store.FreezeLiftedDetails](e)
+		r.raise(frozen, t, keep("lifted the freeze "+orNone(d.Freeze)).String(), t.said(store.SealedReason))
+		return err
 	case store.PolicyLoaded:
 		return r.policy(t)
 	case store.PasskeyEnrolled, store.PasskeyActivated, store.PasskeyRevoked, store.SlackLinked:

@@ -280,8 +280,8 @@ func eventful(t testing.TB) *book {
 	b.add(store.Entry{Type: store.AccessRefused, Person: store.Ptr("p-ines"), Action: "POST /approvals"},
 		store.RefusedDetails{Role: "approver", Problem: "self-approval"}, map[string]string{store.SealedPerson: "user:ines"})
 	b.add(store.Entry{Type: store.AlertRaised, Agent: "spiffe://example.org/recorder", Cause: store.Ptr("a token was made in Vault without an intent")}, map[string]string{"accessor": "a-unknown"}, nil)
-	b.add(store.Entry{Type: store.FreezeSet, Person: store.Ptr("p-rosa"), Cause: store.Ptr("suspicious run")}, map[string]string{"orchestrator": "release"}, map[string]string{store.SealedPerson: "user:rosa"})
-	b.add(store.Entry{Type: store.FreezeLifted, Person: store.Ptr("p-ben"), Cause: store.Ptr("explained")}, map[string]string{"freeze": "1"}, nil)
+	b.add(store.Entry{Type: store.FreezeSet, Person: store.Ptr("p-rosa")}, store.FreezeDetails{Orchestrator: "release"}, map[string]string{store.SealedPerson: "user:rosa", store.SealedReason: "suspicious run"})
+	b.add(store.Entry{Type: store.FreezeLifted, Person: store.Ptr("p-ben")}, store.FreezeLiftedDetails{Freeze: "1"}, nil)
 	bad := store.Entry{Type: store.CredentialUsed, Details: jsontext.Value(`{"intent":7}`)}
 	b.add(bad, nil, nil)
 	b.add(store.Entry{Type: store.HoldPlaced, Person: store.Ptr("p-rosa")}, store.HoldDetails{Run: "run-3"}, map[string]string{store.SealedReason: "Case 2026-11"})

@@ -194,6 +194,7 @@ func alertWords(e *store.Entry) string {
 		store.AlertMint:    "a token was made by the broker's login without an intent on record",
 		store.AlertUse:     "a credential was used, and it is not known which",
 		store.AlertLateUse: "a credential was used after its end",
+		store.AlertRevoke:  "credentials under a freeze could not be revoked yet",
 	}[d.Alert]
 	if what == "" {
 		what = d.Alert
