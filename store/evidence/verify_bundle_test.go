@@ -161,6 +161,7 @@ func TestTablesOfAnotherVersionAreUncheckedAndNotTakenForTamperedOnes(t *testing
 var derived = map[int]string{
 	1: "7df6949e58ebe1e9c602c0aa95c8bff1b4b28c654cc74fb9277657c907ffcbd7",
 	2: "169c1a86310849006e755e1454aa83395951dd3a38648a1fe7cce444cfe35d5f",
+	3: "ae05b1344df64936a5e6c9de772d7b86a9bf3d4316f7a0eb6ce95ce071883090",
 }
 
 func TestWhatIsDerivedOtherwiseHasAnotherNumber(t *testing.T) {
