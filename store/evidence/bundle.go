@@ -183,8 +183,18 @@ func (b *bundleWriter) begin(ctx context.Context) error {
 	if b.m.Filters == nil {
 		b.m.Filters = map[string]string{}
 	}
-	for _, i := range []int64{b.o.Index, b.o.From, b.o.To - 1} {
-		if i != b.o.Index && b.o.From >= b.o.To {
+	if b.sel, err = newSelection(ctx, b.l, b.o.Query, b.o.From, b.o.To, c.N); err != nil {
+		return err
+	}
+	from, to := b.o.From, b.o.To
+	if b.sel.filtered { // the time is that of the entries which are there
+		from, to = 0, 0
+		if n := len(b.sel.picked); n > 0 {
+			from, to = b.sel.picked[0], b.sel.picked[n-1]+1
+		}
+	}
+	for _, i := range []int64{b.o.Index, from, to - 1} {
+		if i != b.o.Index && from >= to {
 			continue
 		}
 		for s, err := range b.l.Entries(ctx, i, i+1) {
@@ -199,16 +209,13 @@ func (b *bundleWriter) begin(ctx context.Context) error {
 				b.created, b.m.Created = e.Time.Time, e.Time.String()
 				b.m.Export.Index, b.m.Export.ID = i, e.ID
 			}
-			if i == b.o.From {
+			if i == from {
 				b.m.Window.FromTime = e.Time.String()
 			}
-			if i == b.o.To-1 {
+			if i == to-1 {
 				b.m.Window.ToTime = e.Time.String()
 			}
 		}
-	}
-	if b.sel, err = newSelection(ctx, b.l, b.o.Query, b.o.From, b.o.To, c.N); err != nil {
-		return err
 	}
 	b.leaves.size = c.N
 	return b.sel.around(ctx, b.o.Index)
