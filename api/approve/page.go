@@ -468,9 +468,7 @@ func cannot(err error) string {
 
 // Problem answers with doc as a page.
 func (h *HTML) Problem(w http.ResponseWriter, r *http.Request, person approvals.Person, doc *problem.Problem) {
-	if doc.Status >= http.StatusInternalServerError {
-		problem.Logger(r.Context()).Error("request failed", zap.String("problem", doc.Slug()), zap.String("method", r.Method), zap.NamedError("because", doc.Unwrap()))
-	}
+	doc = problem.Logged(r, doc)
 	if doc.RetryAfter > 0 {
 		w.Header().Set("Retry-After", fmt.Sprint(int64((doc.RetryAfter+time.Second-1)/time.Second)))
 	}

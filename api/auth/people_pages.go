@@ -9,7 +9,6 @@ import (
 	"time"
 
 	"github.com/go-json-experiment/json"
-	"go.uber.org/zap"
 
 	"github.com/countersign-dev/countersign/api/problem"
 )
@@ -105,9 +104,7 @@ func writePage(w http.ResponseWriter, r *http.Request, status int, p page) {
 
 // writeErrorPage is problem.Write for people.
 func writeErrorPage(w http.ResponseWriter, r *http.Request, doc *problem.Problem) {
-	if doc.Status >= http.StatusInternalServerError {
-		problem.Logger(r.Context()).Error("request failed", zap.String("problem", doc.Slug()), zap.String("method", r.Method), zap.NamedError("because", doc.Unwrap()))
-	}
+	doc = problem.Logged(r, doc)
 	if doc.RetryAfter > 0 {
 		w.Header().Set("Retry-After", strconv.FormatInt(int64((doc.RetryAfter+time.Second-1)/time.Second), 10))
 	}

@@ -163,22 +163,35 @@ func refusal(e *store.OrderError) *Problem {
 	return p.With("order", e)
 }
 
+// Logged logs p, to which r came, where it is this side's failure, and returns
+// what r is to be told. Whoever shows problems in another form than Write's
+// calls it first.
+func Logged(r *http.Request, p *Problem) *Problem {
+	if p.Status < http.StatusInternalServerError {
+		return p
+	}
+	log := Logger(r.Context())
+	fields := []zap.Field{zap.String("problem", p.Slug()), zap.String("method", r.Method), zap.Error(p.cause)}
+	if r.Context().Err() == nil {
+		log.Error("request failed", fields...)
+		return p
+	}
+	// The caller is gone; whatever broke off broke off for that. Who closed one
+	// direction alone still reads the answer, and nothing failed here.
+	log.Debug("request ended with its caller", fields...)
+	if p.Slug() == SlugInternal {
+		return Malformed("the connection was closed before the call was answered").Because(p.cause)
+	}
+	return p
+}
+
 // Write answers r with the problem that err is. It is the one place where
 // problem documents are sent. After the header is out it does nothing but log.
 func Write(w http.ResponseWriter, r *http.Request, err error) {
-	p := *From(err) // a copy: the caller's may be shared
+	p := *Logged(r, From(err)) // a copy: the caller's may be shared
 	ctx := r.Context()
 	p.Instance = RequestID(ctx)
 	log := Logger(ctx)
-	if p.Status >= http.StatusInternalServerError {
-		fields := []zap.Field{zap.String("problem", p.Slug()), zap.String("method", r.Method), zap.Error(p.cause)}
-		if r.Context().Err() != nil {
-			// The caller is gone; whatever broke off broke off for that.
-			log.Debug("request ended with its caller", fields...)
-		} else {
-			log.Error("request failed", fields...)
-		}
-	}
 	h := w.Header()
 	h.Set("Content-Type", ContentType)
 	h.Set("Cache-Control", "no-store")

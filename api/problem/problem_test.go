@@ -1,6 +1,7 @@
 package problem
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net/http"
@@ -113,4 +114,25 @@ func FuzzRead(f *testing.F) {
 			t.Fatalf("read and not written: %v", err)
 		}
 	})
+}
+
+func TestACallThatItsCallerBrokeOffIsNoFailureOfOurs(t *testing.T) {
+	core, logs := observer.New(zap.InfoLevel)
+	ctx, cancel := context.WithCancel(NewContext(context.Background(), "r1", zap.New(core)))
+	r := httptest.NewRequestWithContext(ctx, "GET", "/", nil)
+	answer := func(err error) int {
+		w := httptest.NewRecorder()
+		Write(w, r, err)
+		return w.Code
+	}
+	if status := answer(errors.New("interrupted")); status != 500 || logs.Len() != 1 {
+		t.Errorf("a failure: %d, and %d lines", status, logs.Len())
+	}
+	cancel()
+	if status := answer(errors.New("interrupted")); status != 400 || logs.Len() != 1 {
+		t.Errorf("a caller who has gone: %d, and %d lines", status, logs.Len())
+	}
+	if status := answer(LedgerUnavailable()); status != 503 {
+		t.Errorf("without the ledger: %d", status)
+	}
 }

@@ -17,7 +17,6 @@ import (
 	"github.com/go-chi/chi/v5"
 	"github.com/go-json-experiment/json"
 	"github.com/go-json-experiment/json/jsontext"
-	"go.uber.org/zap"
 
 	"github.com/countersign-dev/countersign/api/auth"
 	"github.com/countersign-dev/countersign/api/client"
@@ -101,10 +100,7 @@ func (s *Server) fail(w http.ResponseWriter, r *http.Request, err error) {
 		problem.Write(w, r, err)
 		return
 	}
-	doc := problem.From(err)
-	if doc.Status >= http.StatusInternalServerError {
-		problem.Logger(r.Context()).Error("request failed", zap.String("problem", doc.Slug()), zap.String("method", r.Method), zap.NamedError("because", doc.Unwrap()))
-	}
+	doc := problem.Logged(r, problem.From(err))
 	page.Write(w, r, doc.Status, s.t, "problem", struct {
 		frame
 		Detail, Instance string

@@ -37,6 +37,15 @@ const (
 	// writeTime is longer than the longest wait of the contract (Prefer:
 	// wait=300). A handler that streams moves its own deadline (Extend).
 	writeTime = 6 * time.Minute
+	// stallTime is how long one write may wait for a peer that does not read: of
+	// HTTP/2, whose frames a slow stream shares with all others, and of what a
+	// handler with Streams writes before it sets a deadline of its own.
+	stallTime = 30 * time.Second
+	// pingAfter is how long an HTTP/2 connection may be silent before it is asked
+	// whether it is still there (RFC 9113, section 6.7), and pingTime how long the
+	// answer may take.
+	pingAfter = time.Minute
+	pingTime  = 15 * time.Second
 )
 
 // NewRouter returns a router whose every answer carries a request ID and
@@ -192,6 +201,26 @@ type Config struct {
 	H2C bool
 }
 
+// bounded gives what comes before and after next's own deadlines one: what is
+// answered at once, the flush of the last bytes, and the rest of a body that
+// next did not want, which net/http reads before it goes on. Whoever reads a
+// body or streams sets its own.
+func bounded(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		rc := http.NewResponseController(w)
+		if r.ProtoMajor == 1 { // HTTP/2 ends a stream when it is over, though nothing is being written
+			_ = rc.SetWriteDeadline(time.Now().Add(stallTime))
+		}
+		if r.Body != nil && r.Body != http.NoBody && r.ContentLength != 0 {
+			_ = rc.SetReadDeadline(time.Now().Add(BodyTime))
+		}
+		if r.Method != http.MethodConnect { // whose connection may have become a tunnel
+			defer func() { _ = rc.SetWriteDeadline(time.Now().Add(stallTime)) }()
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
 // Serve answers on l until ctx is done, then lets what is under way end. The
 // context of every request is done when its caller is gone or the drain is
 // over, whichever is first. Serve closes l.
@@ -211,12 +240,20 @@ func Serve(ctx context.Context, l net.Listener, c Config) error {
 		MaxHeaderBytes:    MaxHeader,
 		ErrorLog:          zap.NewStdLog(c.Log.WithOptions(zap.IncreaseLevel(zap.WarnLevel))),
 		BaseContext:       func(net.Listener) context.Context { return requests },
+		HTTP2: &http.HTTP2Config{
+			WriteByteTimeout: stallTime, SendPingTimeout: pingAfter, PingTimeout: pingTime,
+			// No table of sent headers. net/http changes it upon a peer's SETTINGS while
+			// another goroutine may write headers by it (seen with Go 1.26), and two at
+			// its maps at once end the process. An empty one is never written.
+			MaxEncoderHeaderTableSize: 1,
+		},
 		ConnContext: func(ctx context.Context, _ net.Conn) context.Context {
 			return context.WithValue(ctx, connectionKey{}, &connection{accepted: time.Now()})
 		},
 	}
 	if c.Streams {
 		s.WriteTimeout = 0
+		s.Handler = bounded(c.Handler)
 	}
 	if c.H2C {
 		s.Protocols = new(http.Protocols)

@@ -93,25 +93,30 @@ func (s *Server) Routes(r chi.Router) {
 	r.Post("/add-checkpoint", s.addCheckpoint)
 	r.Get("/logs", func(w http.ResponseWriter, r *http.Request) {
 		list, err := s.state.heads(r.Context())
-		s.list(w, list, err)
+		s.list(w, r, list, err)
 	})
 	r.Get("/forks", func(w http.ResponseWriter, r *http.Request) {
 		list, err := s.state.forks(r.Context())
-		s.list(w, list, err)
+		s.list(w, r, list, err)
 	})
 }
 
-func (s *Server) list(w http.ResponseWriter, list any, err error) {
+func (s *Server) list(w http.ResponseWriter, r *http.Request, list any, err error) {
 	if err != nil {
-		s.fail(w, err)
+		s.fail(w, r, err)
 		return
 	}
 	w.Header().Set("Content-Type", "application/json")
 	_ = json.MarshalWrite(w, list)
 }
 
-func (s *Server) fail(w http.ResponseWriter, err error) {
-	s.c.Log.Error("state", zap.Error(err))
+func (s *Server) fail(w http.ResponseWriter, r *http.Request, err error) {
+	if r.Context().Err() != nil { // whatever broke off broke off for that
+		http.Error(w, "the connection was closed before the call was answered", http.StatusBadRequest)
+		return
+	}
+	// Of the listener's own, where there is one.
+	s.c.Log.Error("state", zap.String("request_id", w.Header().Get("X-Request-Id")), zap.Error(err))
 	http.Error(w, "internal error", http.StatusInternalServerError)
 }
 
@@ -150,7 +155,7 @@ func (s *Server) addCheckpoint(w http.ResponseWriter, r *http.Request) {
 	case errors.Is(err, errProof):
 		http.Error(w, err.Error(), http.StatusUnprocessableEntity)
 	default:
-		s.fail(w, err)
+		s.fail(w, r, err)
 	}
 }
 

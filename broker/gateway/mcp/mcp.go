@@ -85,6 +85,9 @@ type exchange struct {
 // ServeHTTP implements http.Handler. The MCP endpoint is / and /mcp.
 func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Cache-Control", "no-store")
+	x := &exchange{g: g, w: w, r: r, rc: http.NewResponseController(w)}
+	// Who is told nothing but a problem must read it; what streams sets its own.
+	_ = x.rc.SetWriteDeadline(time.Now().Add(g.cfg.Slow))
 	// This is no proxy: a DPoP proof that was made for another host, which the step
 	// called, would be good here under that host's name.
 	if r.URL.Host != "" || r.URL.Path != "/" && r.URL.Path != "/mcp" {
@@ -108,7 +111,6 @@ func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		gateway.Problem(w, http.StatusUnauthorized, "unauthenticated", "no session has this token: it is wrong, or its credential has ended")
 		return
 	}
-	x := &exchange{g: g, w: w, r: r, rc: http.NewResponseController(w)}
 	if sess.Grant.Access.Protocol != store.ProtocolMCP {
 		if err := sess.Refuse(r.Context(), gateway.Refusal{Use: "mcp", Reason: "the session is for another protocol", Remote: remote(r)}); err != nil {
 			g.cfg.Log.Warn("a refusal is not on record", zap.Error(err))
@@ -121,6 +123,7 @@ func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		gateway.Problem(w, http.StatusInternalServerError, "internal", "the rules of this session cannot be read")
 		return
 	}
+	_ = x.rc.SetWriteDeadline(time.Time{})
 	x.ctx, x.cancel = context.WithCancelCause(r.Context())
 	defer x.cancel(nil)
 	told := make(chan struct{})
