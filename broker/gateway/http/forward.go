@@ -188,7 +188,7 @@ func (g *Gateway) newInner() *http.Server {
 		IdleTimeout:       2 * time.Minute,
 		MaxHeaderBytes:    64 << 10,
 		// As server.Serve has it, for the same reasons.
-		HTTP2: &http.HTTP2Config{WriteByteTimeout: g.cfg.Slow, MaxEncoderHeaderTableSize: 1},
-		ErrorLog:          stdlog.New(io.Discard, "", 0), // of handshakes that steps break off
+		HTTP2:    &http.HTTP2Config{WriteByteTimeout: g.cfg.Slow, MaxEncoderHeaderTableSize: 1},
+		ErrorLog: stdlog.New(io.Discard, "", 0), // of handshakes that steps break off
 	}
 }

@@ -15,6 +15,8 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgproto3"
+	"go.uber.org/zap"
+	"go.uber.org/zap/zaptest/observer"
 
 	"github.com/countersign-dev/countersign/store"
 )
@@ -388,6 +390,47 @@ func (p *path) judged() *rules {
 	p.gw.rules[p.session] = r
 	p.gw.mu.Unlock()
 	return r
+}
+
+func TestTheLogQuotesNothingOfATargetThatRefuses(t *testing.T) {
+	const canary = "canary@example.com"
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = l.Close() })
+	said := make(chan pgproto3.ErrorResponse, 2)
+	said <- pgproto3.ErrorResponse{Severity: "FATAL", Code: "28000", Message: canary, Detail: canary, Hint: canary}
+	said <- pgproto3.ErrorResponse{Severity: "FATAL", Code: canary, Message: "no"}
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			if _, err := readStartup(c); err == nil {
+				e := <-said
+				_, _ = c.Write(encode(nil, &e))
+			}
+			_ = c.Close()
+		}
+	}()
+	core, logs := observer.New(zap.DebugLevel)
+	p := serveTo(t, everything(), l.Addr().String(), func(c *Config) { c.Log = zap.New(core) })
+	for _, want := range []string{"28000", "unknown"} {
+		_, err := pgconn.Connect(t.Context(), p.dsn(""))
+		if err == nil || strings.Contains(err.Error(), "canary") || !strings.Contains(err.Error(), want) {
+			t.Errorf("the client is told %v", err)
+		}
+	}
+	if logs.FilterMessage("a target could not be logged in at").Len() != 2 {
+		t.Errorf("logged: %v", logs.All())
+	}
+	for _, line := range logs.All() {
+		if strings.Contains(fmt.Sprint(line.Message, line.ContextMap()), "canary") {
+			t.Errorf("logged: %s %v", line.Message, line.ContextMap())
+		}
+	}
 }
 
 func TestATargetThatLiesIsCutAndNothingOfItsAnswerPassesUnmasked(t *testing.T) {

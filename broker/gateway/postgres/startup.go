@@ -151,7 +151,7 @@ func (g *Gateway) connect(ctx context.Context, client net.Conn, s *gateway.Sessi
 	defer context.AfterFunc(s.Context(), cancel)()
 	t, err := dial(ctx, g.Gateway, s, st.settings, r)
 	if err != nil {
-		g.Log.Info("a target could not be logged in at", zap.String("request", s.Story.Request), zap.Error(err))
+		g.Log.Info("a target could not be logged in at", zap.String("request", s.Story.Request), zap.String("because", because(err)))
 		return nil, err
 	}
 	c := newConn(g, s, r, client, t)
@@ -180,15 +180,44 @@ func connectCode(ctx context.Context, s *gateway.Session, err error) (code, form
 	switch {
 	case s.Context().Err() != nil:
 		return "57P01", "%s", "the session has ended"
-	case errors.As(err, &pg) && strings.HasPrefix(pg.Code, "22"):
+	case errors.As(err, &pg) && strings.HasPrefix(sqlstate(pg), "22"):
 		return pg.Code, "%s", "the target refused a startup parameter"
 	case errors.As(err, &pg):
-		return "08001", "the target refused the connection (SQLSTATE %s)", pg.Code
+		return "08001", "the target refused the connection (SQLSTATE %s)", sqlstate(pg)
 	case ctx.Err() != nil:
 		return "08001", "%s", "the target did not answer in time"
 	default:
 		return "08001", "%s", "the target could not be reached"
 	}
+}
+
+// because is err as it is logged: in no words of the target's.
+func because(err error) string {
+	var (
+		pg   *pgconn.PgError
+		dial *net.OpError
+		cert *tls.CertificateVerificationError
+	)
+	switch {
+	case errors.As(err, &pg):
+		return "the target refused, SQLSTATE " + sqlstate(pg)
+	case errors.As(err, &cert):
+		return "the target's certificate does not verify"
+	case errors.As(err, &dial):
+		return dial.Error()
+	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled):
+		return "the target did not answer in time"
+	}
+	return fmt.Sprintf("%T", errors.Unwrap(err))
+}
+
+// sqlstate is the code of an error of the target's, where it is one: five
+// digits and capitals (PostgreSQL, appendix A).
+func sqlstate(e *pgconn.PgError) string {
+	if len(e.Code) != 5 || strings.ContainsFunc(e.Code, func(r rune) bool { return (r < '0' || r > '9') && (r < 'A' || r > 'Z') }) {
+		return "unknown"
+	}
+	return e.Code
 }
 
 // readStartup reads a message without type, and not a byte more.
