@@ -10,6 +10,7 @@ GO ?= go
 # go.mod they would raise the versions that the product itself is built with.
 STATICCHECK ?= honnef.co/go/tools/cmd/staticcheck@v0.8.2
 GOVULNCHECK ?= golang.org/x/vuln/cmd/govulncheck@v1.9.0
+GOSEC ?= github.com/securego/gosec/v2/cmd/gosec@v2.30.0
 
 # How many random histories the tests of properties try in test-slow, for 100
 # in test; and which packages have such tests, since others refuse the flag.
@@ -73,7 +74,8 @@ bench: servers vault build
 	$(GO) build -C cmd/bench -o ../../bin/bench .
 	$(GO) run ./cmd/demo -postgres sh -c 'exec bin/bench -postgres "$$POSTGRES_DSN"'
 
-## lint: gofmt, go vet, staticcheck, govulncheck
+## lint: gofmt, go vet, staticcheck, govulncheck, gosec
+#  A finding of gosec is answered in docs/security-findings.md, by rule and file.
 lint: check
 	$(GO) vet -C cmd/devvault .
 	$(GO) vet -C cmd/bench .
@@ -82,6 +84,14 @@ lint: check
 		if echo "$$out" | grep -qE 'fetching vulnerabilities|vuln\.go\.dev.*(dial|lookup|Forbidden|Not Found|timeout|refused|EOF)'; then \
 			echo "lint: govulncheck skipped: its database (vuln.go.dev) cannot be had from here"; \
 		else echo "$$out"; exit 1; fi; }
+	@out=$$($(GO) run $(GOSEC) -quiet -no-fail -fmt=golint -exclude-dir=cmd/devvault ./... 2>&1) && \
+		echo "$$out" | awk -F'|' 'NR == FNR { gsub(/ /, ""); answered[$$2 "|" $$3] = 1; next } \
+			match($$0, /\(Rule:G[0-9]+/) { rule = substr($$0, RSTART + 6, RLENGTH - 6); file = $$0; sub(/:[0-9].*/, "", file); sub(ENVIRON["PWD"] "/", "", file); \
+				if (!(rule "|*" in answered) && !(rule "|" file in answered)) { print; bad = 1 } } \
+			END { exit bad }' docs/security-findings.md - || { \
+		if echo "$$out" | grep -qE 'gosec.*(dial|lookup|Forbidden|Not Found|timeout|refused|EOF)'; then \
+			echo "lint: gosec skipped: it cannot be had from here"; \
+		else echo "$$out" | grep -v 'Rule:G' || true; echo "mend it, or answer it in docs/security-findings.md"; exit 1; fi; }
 
 ## vault: finds or builds the development Vault; its path is the last line
 vault:

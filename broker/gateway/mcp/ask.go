@@ -103,6 +103,7 @@ func (x *exchange) adopt(k *call, sess *gateway.Session) string {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.sess, k.hide = sess, hide
+	k.c.adopt(k.q.scope, hide)
 	return ""
 }
 

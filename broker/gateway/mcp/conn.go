@@ -7,7 +7,9 @@ import (
 	"crypto/rand"
 	"encoding/base64"
 	"errors"
+	"maps"
 	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -134,9 +136,10 @@ type conn struct {
 	id      string
 	asking  chan struct{} // a place for each request of the server's that is being answered
 	mu      sync.Mutex
-	server  string           // the server's Mcp-Session-Id; empty: it has no sessions
-	version string           // as agreed; empty before
-	calls   map[string]*call // under way, by the JSON of their ids; nil once the session has ended
+	server  string            // the server's Mcp-Session-Id; empty: it has no sessions
+	version string            // as agreed; empty before
+	calls   map[string]*call  // under way, by the JSON of their ids; nil once the session has ended
+	adopted map[string]*hider // rules and secrets of the scopes under which a call went, by scope: the latest
 }
 
 func (v *view) newConn(version string) *conn {
@@ -148,6 +151,31 @@ func (c *conn) agreed() (server, version string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.server, c.version
+}
+
+// hiding hides what the session's own rules name, and what those of every scope
+// do under which a call of c went: a notification may tell of any of them, on
+// whichever stream it comes.
+func (c *conn) hiding() *hider {
+	h := c.v.hide.fresh()
+	h.maskers, h.secrets = slices.Clip(h.maskers), slices.Clip(h.secrets)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, scope := range slices.Sorted(maps.Keys(c.adopted)) {
+		a := c.adopted[scope]
+		h.maskers, h.secrets, h.named = append(h.maskers, a.maskers...), append(h.secrets, a.secrets...), h.named || a.named
+	}
+	return h
+}
+
+// adopt notes the rules and the secret of a scope under which a call goes.
+func (c *conn) adopt(scope string, h *hider) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.adopted == nil {
+		c.adopted = map[string]*hider{}
+	}
+	c.adopted[scope] = h
 }
 
 // begin registers k, and reports whether no request of its id is under way, and

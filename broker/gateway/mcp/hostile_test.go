@@ -195,7 +195,7 @@ func TestHostileRequestsAreTurnedAway(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			c := p.raw(t)
 			c.initialize("2025-06-18")
-			uses := len(p.rec.uses())
+			uses, refusals := len(p.rec.uses()), len(p.rec.refusals())
 			c.header = row.header
 			if r := c.do(t.Context(), row.method, row.path, row.body); r.status != row.status {
 				t.Errorf("%d %s", r.status, r.body)
@@ -203,7 +203,51 @@ func TestHostileRequestsAreTurnedAway(t *testing.T) {
 			if len(p.rec.uses()) != uses {
 				t.Error("it went further")
 			}
+			if row.status == 415 || row.status == 406 || row.method == "PUT" { // of a flood the rest is there within a second, by number
+				p.rec.until("it is on record", func() bool { return len(p.rec.refusals()) > refusals })
+			}
 		})
+	}
+}
+
+func TestAHeaderThatRepeatsAnArgumentIsOnRecordByItsName(t *testing.T) {
+	q := &asked{m: &message{Method: "tools/call"}, use: "tools/call count", statement: `{"n":"17","m":"x"}`}
+	h := http.Header{"Mcp-Method": {"tools/call"}, "Mcp-Param-Region": {"17"}, "Mcp-Param-An-Order": {"x"}}
+	if no := q.headers(h); no != nil || q.statement != `{"n":"17","m":"x"}`+"\nMcp-Param-An-Order\nMcp-Param-Region" {
+		t.Errorf("%v %q", no, q.statement)
+	}
+	h["Mcp-Param-"+strings.Repeat("A", 200)] = []string{"17"}
+	if no := q.headers(h); no == nil {
+		t.Error("a name as long as that went through")
+	}
+}
+
+func TestANotificationIsMaskedByTheRulesOfEveryScopeThatACallWentUnder(t *testing.T) {
+	p, _ := newOrdersPath(t, nil, access())
+	approved := p.params
+	approved.Intent = store.NewID()
+	approved.Grant.Scope = "orders-mcp:refund"
+	a := store.Access{MCP: &store.MCPAccess{Tools: []store.MCPTool{{Name: "refund_order"}}}, Masking: store.Masking{Rules: []store.MaskRule{{Field: "iban"}}}}
+	a.Protocol, a.Upstream, a.Inject = p.params.Grant.Access.Protocol, p.params.Grant.Access.Upstream, p.params.Grant.Access.Inject
+	approved.Grant.Access = &a
+	own, _ := p.open(p.params)
+	two, _ := p.open(approved)
+	v, err := newView(own)
+	ok(t, err)
+	c := v.newConn("2025-06-18")
+	notice := func() string {
+		m := &message{Method: "notifications/message", Params: []byte(`{"level":"info","data":{"iban":"DE02120300000000202051"}}`)}
+		return string(c.hiding().notice(v.access, m, nil, c.progresses).encode())
+	}
+	if before := notice(); !strings.Contains(before, "DE02") {
+		t.Errorf("the session's own rules hide it already: %s", before)
+	}
+	x := &exchange{v: v}
+	if no := x.adopt(&call{c: c, q: &asked{name: "refund_order", scope: "orders-mcp:refund"}}, two); no != "" {
+		t.Fatal(no)
+	}
+	if after := notice(); strings.Contains(after, "DE02") {
+		t.Errorf("it is shown: %s", after)
 	}
 }
 

@@ -148,7 +148,7 @@ func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		x.delete()
 	default:
 		w.Header().Set("Allow", "GET, POST, DELETE")
-		gateway.Problem(w, http.StatusMethodNotAllowed, "method-not-allowed", "MCP has GET, POST and DELETE")
+		x.turnAway(http.StatusMethodNotAllowed, "method-not-allowed", "MCP has GET, POST and DELETE")
 	}
 }
 
@@ -189,11 +189,11 @@ func (g *Gateway) view(sess *gateway.Session) (*view, error) {
 func (x *exchange) post() {
 	h := x.r.Header
 	if t, _, err := mime.ParseMediaType(h.Get("Content-Type")); err != nil || t != "application/json" || h.Get("Content-Encoding") != "" {
-		x.problem(http.StatusUnsupportedMediaType, "malformed", "the content must be application/json, not compressed")
+		x.turnAway(http.StatusUnsupportedMediaType, "malformed", "the content must be application/json, not compressed")
 		return
 	}
 	if !accepts(h, "application/json") || !accepts(h, "text/event-stream") {
-		x.problem(http.StatusNotAcceptable, "malformed", "Accept must name application/json and text/event-stream (MCP, transports)")
+		x.turnAway(http.StatusNotAcceptable, "malformed", "Accept must name application/json and text/event-stream (MCP, transports)")
 		return
 	}
 	_ = x.rc.SetReadDeadline(time.Now().Add(x.g.cfg.Slow))
@@ -334,6 +334,15 @@ func (x *exchange) refuse(status int, m *message, statement string, no *refused)
 	_, _ = x.answer(status, &message{ID: idOf(m), Error: e}) // who has hung up is not told
 }
 
+// turnAway puts on record that a request of the session's is none of MCP, and
+// then says so.
+func (x *exchange) turnAway(status int, slug, reason string) {
+	if !x.record(gateway.Refusal{Use: methodName(x.r.Method), Reason: reason}) {
+		status, slug, reason = http.StatusServiceUnavailable, "ledger-unavailable", "refused, and that cannot be recorded now"
+	}
+	x.problem(status, slug, reason)
+}
+
 // maxKept is how much is recorded of what is refused, in bytes.
 const maxKept = 32 << 10
 
@@ -372,12 +381,21 @@ func (x *exchange) deadline() time.Time {
 	return time.Now().Add(x.g.cfg.Slow)
 }
 
+// quiet takes the deadline of a write off: HTTP/2 ends a stream when it is over,
+// though nothing is being written.
+func (x *exchange) quiet() {
+	_ = x.rc.SetWriteDeadline(time.Time{})
+	if x.v.sess.Context().Err() != nil { // it may have ended just now
+		_ = x.rc.SetWriteDeadline(x.deadline())
+	}
+}
+
 // stream makes the answer a stream of events.
 func (x *exchange) stream() error {
 	if x.out != nil {
 		return nil
 	}
-	x.out = &writer{w: x.w, rc: x.rc, deadline: x.deadline}
+	x.out = &writer{w: x.w, rc: x.rc, deadline: x.deadline, quiet: x.quiet}
 	return x.out.open()
 }
 

@@ -281,6 +281,7 @@ func (a *asked) headers(h http.Header) *refused {
 		return no("Mcp-Name is not the name in the body")
 	}
 	var values map[string]bool
+	var names []string
 	for name, vs := range h {
 		if !strings.HasPrefix(name, "Mcp-Param-") {
 			continue
@@ -292,13 +293,22 @@ func (a *asked) headers(h http.Header) *refused {
 			}
 		}
 		v, ok := decoded(vs[0])
-		if len(vs) != 1 || !ok || !values[v] || len(a.params) >= 64 {
+		if len(vs) != 1 || !ok || !values[v] || len(a.params) >= 64 || len(name) > maxParam {
 			return no("an Mcp-Param header is not an argument of the body")
 		}
 		a.params = append(a.params, name, vs[0])
+		names = append(names, name)
+	}
+	// The values stand in the body; what they are called stands nowhere else.
+	slices.Sort(names)
+	for _, name := range names {
+		a.statement += "\n" + name
 	}
 	return nil
 }
+
+// maxParam is how long the name of an Mcp-Param header may be, in bytes.
+const maxParam = 128
 
 // decoded is the value of a header of SEP-2243.
 func decoded(s string) (string, bool) {

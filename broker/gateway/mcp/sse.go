@@ -128,6 +128,7 @@ type writer struct {
 	w        http.ResponseWriter
 	rc       *http.ResponseController
 	deadline func() time.Time // of a write that begins now
+	quiet    func()           // takes the deadline off
 	sent     int64
 	// resumable is set once the step was told the ID of an event, with which it
 	// can come back for what follows.
@@ -149,6 +150,7 @@ func (w *writer) flush() error {
 	if err := w.rc.Flush(); err != nil && !errors.Is(err, http.ErrNotSupported) {
 		return err
 	}
+	w.quiet()
 	return nil
 }
 

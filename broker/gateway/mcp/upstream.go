@@ -520,7 +520,7 @@ func (x *exchange) notify(c *conn, q *asked) {
 // get opens the stream of what a server says unasked, or resumes one.
 func (x *exchange) get() {
 	if !accepts(x.r.Header, "text/event-stream") {
-		x.problem(http.StatusNotAcceptable, "malformed", "Accept must name text/event-stream (MCP, transports)")
+		x.turnAway(http.StatusNotAcceptable, "malformed", "Accept must name text/event-stream (MCP, transports)")
 		return
 	}
 	id := x.r.Header.Get("Mcp-Session-Id")
@@ -643,11 +643,10 @@ func (x *exchange) pump(c *conn, k *call, body io.Reader) (rows, masked int64, e
 			case m.request():
 				x.asked(c, k, m)
 			case m.notification():
-				h, id := x.v.hide, []byte(nil)
+				h, id := c.hiding(), []byte(nil)
 				if k != nil {
-					h, id = k.hide, k.q.m.ID
+					id = k.q.m.ID
 				}
-				h = h.fresh()
 				if n := h.notice(x.v.access, m, id, c.progresses); n != nil {
 					out.data = n.encode()
 				}
