@@ -24,6 +24,7 @@ type dev struct {
 	Vault         struct{ Addr, Token string }
 	Orchestrators []struct{ Name, Token string }
 	Approvers     []struct{ Name, Token string }
+	Responders    []struct{ Name, Token string }
 
 	postgres bool
 	cmd      *exec.Cmd

@@ -18,7 +18,7 @@ func main() {
 	binary := flag.String("countersign", "bin/countersign", "the program to measure")
 	postgres := flag.String("postgres", "", "DSN of a PostgreSQL whose role may create roles; without it the database rows are left out")
 	each := flag.Duration("each", 5*time.Second, "how long each figure is measured")
-	only := flag.String("only", "", "measure only groups whose name contains this: disk, ledger, postgres-ledger, million, identity, token, database, approval, gateway")
+	only := flag.String("only", "", "measure only groups whose name contains this: disk, ledger, postgres-ledger, million, identity, token, database, approval, gateway, switch")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer stop()
@@ -49,7 +49,7 @@ func run(ctx context.Context, binary, postgres string, each time.Duration, only 
 			}
 		}
 	}
-	if wants("identity") || wants("token") || wants("database") || wants("approval") || wants("gateway") {
+	if wants("identity") || wants("token") || wants("database") || wants("approval") || wants("gateway") || wants("switch") {
 		d, err := startDev(ctx, binary, postgres)
 		if err != nil {
 			return err
@@ -63,6 +63,7 @@ func run(ctx context.Context, binary, postgres string, each time.Duration, only 
 			{"token", d.token},
 			{"database", d.database},
 			{"approval", d.approval},
+			{"switch", func(ctx context.Context, t *table) error { return d.stopEverything(ctx, t, postgres) }},
 			{"gateway", func(ctx context.Context, t *table) error { return d.gateway(ctx, t, postgres) }},
 		} {
 			if wants(g.name) {
