@@ -1,0 +1,7 @@
+//go:build slow
+
+package main
+
+import "time"
+
+const asleep = 90 * time.Second
