@@ -298,8 +298,8 @@ func (d *drill) checkLives() {
 
 // audited is a line of Vault's audit log, as far as it matters here.
 type audited struct {
-	Type  string `json:"type"`
-	Error string `json:"error"`
+	Type    string `json:"type"`
+	Error   string `json:"error"`
 	Request struct {
 		Path string `json:"path"`
 	} `json:"request"`
