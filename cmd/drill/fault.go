@@ -12,6 +12,8 @@ import (
 // warrants a mint, less than the minute by which a credential may be late.
 const clockOff = 40 * time.Second
 
+const partition = "partition"
+
 // fault is something that befalls a part. inflict returns what ends it, nil where
 // there is nothing to end.
 type fault struct {
@@ -26,7 +28,7 @@ var faults = []fault{
 	{"stop", func(_ *house, p *process) (func() error, error) {
 		return func() error { return p.signal(syscall.SIGCONT) }, p.signal(syscall.SIGSTOP)
 	}},
-	{"partition", func(h *house, p *process) (func() error, error) {
+	{partition, func(h *house, p *process) (func() error, error) {
 		return h.net.mend, h.net.cut(p.name, h.behind(p)...)
 	}},
 	{"disk full", func(_ *house, p *process) (func() error, error) { return p.fill() }},
@@ -110,7 +112,7 @@ func (h *house) befall(ctx context.Context, l *load, f fault, on part, hold time
 	if err != nil {
 		return err
 	}
-	w := l.j.next(f.name, on.name)
+	w, active := l.j.next(f.name, on.name), h.front.active.Load()
 	end, err := f.inflict(h, p)
 	if err != nil {
 		err = fmt.Errorf("%s of %s: %w", f.name, on.name, err)
@@ -119,15 +121,21 @@ func (h *house) befall(ctx context.Context, l *load, f fault, on part, hold time
 		case <-time.After(hold):
 		case <-ctx.Done():
 		}
+		if f.name == partition && active != nil && *active == p.name {
+			// The server gives its lock away once it has noticed.
+			err = until(ctx, time.Minute, "the other recorder has taken over from one that is cut off from the ledger", func() error {
+				if is := h.front.active.Load(); is == nil || *is == p.name {
+					return errors.New("it has not")
+				}
+				return nil
+			})
+		}
 	}
 	if end != nil {
 		// It may have ended by itself since, and then there is nothing to end.
 		if e := end(); e != nil && len(p.tree()) > 0 {
 			err = errors.Join(err, fmt.Errorf("ending %s of %s: %w", f.name, on.name, e))
 		}
-	}
-	if err != nil {
-		return err
 	}
 	ended := time.Now()
 	w.notHealed = until(ctx, 3*time.Minute, fmt.Sprintf("all is well after %s of %s", f.name, on.name), func() error {
@@ -139,5 +147,5 @@ func (h *house) befall(ctx context.Context, l *load, f fault, on part, hold time
 		return l.since(ended)
 	})
 	w.healed = time.Since(ended)
-	return nil
+	return err
 }

@@ -158,6 +158,7 @@ func (l *load) ask(orchestrator, step, key string, ask client.Ask, among int) *i
 	for time.Since(began) < giveUp {
 		b := l.callers[fmt.Sprintf("%s/%d", orchestrator, broker+1)]
 		ctx, cancel := context.WithTimeout(context.Background(), callTimeout)
+		asked := time.Now()
 		c, err := b.Credential(ctx, step, ask, key, 3*time.Second)
 		cancel()
 		now := l.j.call(slug(err))
@@ -172,7 +173,8 @@ func (l *load) ask(orchestrator, step, key string, ask client.Ask, among int) *i
 			l.issued = append(l.issued, i)
 			l.mu.Unlock()
 			return i
-		case err == nil: // people are asked
+		case err == nil: // people are asked, or another call's mint is under way
+			time.Sleep(time.Until(asked.Add(time.Second)))
 			continue
 		case !again(err):
 			return nil
@@ -311,12 +313,17 @@ func (l *load) use(c *issued) {
 // connect connects to a PostgreSQL, or the gateway before it, from where steps
 // run.
 func (l *load) connect(ctx context.Context, addr, user, password, database string) (*pgx.Conn, error) {
+	return l.h.net.nodes["steps"].connect(ctx, addr, user, password, database)
+}
+
+// connect connects from n to a PostgreSQL, over TLS.
+func (n *node) connect(ctx context.Context, addr, user, password, database string) (*pgx.Conn, error) {
 	c, err := pgx.ParseConfig("postgres://" + addr + "/" + database + "?sslmode=verify-full&connect_timeout=5")
 	if err != nil {
 		return nil, err
 	}
 	c.User, c.Password = user, password
-	c.DialFunc = l.h.net.nodes["steps"].dial
+	c.DialFunc = n.dial
 	c.LookupFunc = func(_ context.Context, host string) ([]string, error) { return []string{host}, nil } // dial looks it up
 	return pgx.ConnectConfig(ctx, c)
 }

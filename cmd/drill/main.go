@@ -166,6 +166,11 @@ func (o *options) drill(ctx context.Context) (status int, err error) {
 		return unusable, err
 	}
 
+	say("trying the walls between the trust domains")
+	if err := d.checkWalls(ctx); err != nil {
+		return broken, err
+	}
+
 	loading, endLoad := context.WithCancel(ctx)
 	defer endLoad()
 	deciding, endPeople := context.WithCancel(ctx)

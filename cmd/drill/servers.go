@@ -416,7 +416,14 @@ aclfile %s
 }
 
 // redisRights are those of the broker's ACL user, as docs/operations.md has them.
-const redisRights = "resetchannels ~countersign:* &countersign:* +@all -@admin -@dangerous"
+const redisRights = "resetkeys ~countersign:* resetchannels -@all +ping +select +get +set +del +sadd +srem +smembers +pexpire +expireat +zadd +zrem +zcard +zscore +zremrangebyscore +zrange +eval +evalsha +time"
+
+// go-redis prints what it also returns.
+func init() { redis.SetLogger(silent{}) }
+
+type silent struct{}
+
+func (silent) Printf(context.Context, string, ...any) {}
 
 // redis is a client of the drill's Redis.
 func (h *house) redis(user, password string, dial func(ctx context.Context, network, addr string) (net.Conn, error)) *redis.Client {
@@ -667,6 +674,7 @@ recorder: {url: %q, writer: %s, token_file: %q, log_key: %q, head_file: %q}
 vault: {addr: "https://%s:8200", token_file: %q}
 redis: {url_file: %q}
 orchestrators: {tokens: %q}
+limits: {each: {rate: 500, live: 5000, pending: 500}}
 `, listen("8787"), domain, domain, h.file("identity.key"), h.file("privacy.key"), h.file("catalogue.yaml"),
 			h.recorderURL(), name, h.file(name+".token"), h.logKey, p.file("head"), h.net.nodes["vault"].host(), h.file("vault.token"),
 			h.file("redis.url"), h.file("orchestrators"))
