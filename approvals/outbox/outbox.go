@@ -22,6 +22,7 @@ import (
 	"fmt"
 	"net"
 	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -54,13 +55,14 @@ type Sender interface {
 	Send(ctx context.Context, d Delivery) (place string, err error)
 }
 
-// Delivery is one state of a request, or of a passkey, to be shown at a
-// destination.
+// Delivery is one state of a request, of many told together, or of a passkey, to
+// be shown at a destination. One of the three is set.
 type Delivery struct {
-	Request *approvals.Request // nil: it is about Passkey
-	Passkey *approvals.Passkey // nil: it is about Request
-	Version string             // see Version and PasskeyVersion
-	Place   string             // what Send returned before; empty: nothing is known to be there
+	Request *approvals.Request
+	Flood   *Flood
+	Passkey *approvals.Passkey
+	Version string // see Version, Flood.Version and PasskeyVersion
+	Place   string // what Send returned before; empty: nothing is known to be there
 	// Doubt is set where Place is empty and an earlier attempt may have left a
 	// message all the same.
 	Doubt *Doubt
@@ -151,10 +153,13 @@ type Config struct {
 	// GiveUp is how long a request is over, or the last change of a passkey lies
 	// back, before it is no longer told to a destination that is still down; 7 days
 	// by default. Of a request that is not over, telling is never given up.
-	GiveUp  time.Duration
-	Timeout time.Duration    // of one attempt; 15 s by default
-	Now     func() time.Time // time.Now by default
-	Log     *zap.Logger      // none by default
+	GiveUp time.Duration
+	// FloodWait is the least time between two states of a flood that a
+	// destination is told; 5 s by default.
+	FloodWait time.Duration
+	Timeout   time.Duration    // of one attempt; 15 s by default
+	Now       func() time.Time // time.Now by default
+	Log       *zap.Logger      // none by default
 }
 
 // Outbox delivers until it is closed.
@@ -166,11 +171,13 @@ type Outbox struct {
 	tasks  sync.WaitGroup
 }
 
-// schema. approval is the approval's ID, or ofPasskey and the enrolment's. want
-// and have are Versions. doubt_first and doubt_last are set while
+// schema. approval is the approval's ID, or ofFlood and one, or ofPasskey and the
+// enrolment's. want and have are Versions. doubt_first and doubt_last are set while
 // place is empty and an attempt has begun: both are Unix milliseconds, as are
 // next (not before) and over (when the request was first seen to be over, or the
-// passkey last changed).
+// passkey last changed). members are the requests that came, by orchestrator and
+// scope (kin), asked in Unix milliseconds, each with the flood that it is told
+// with.
 const schema = `CREATE TABLE IF NOT EXISTS deliveries (
 	approval    TEXT NOT NULL,
 	destination TEXT NOT NULL,
@@ -184,7 +191,18 @@ const schema = `CREATE TABLE IF NOT EXISTS deliveries (
 	over        INTEGER NOT NULL DEFAULT 0,
 	PRIMARY KEY (approval, destination)
 ) STRICT, WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS deliveries_due ON deliveries (destination, next) WHERE want <> have`
+CREATE INDEX IF NOT EXISTS deliveries_due ON deliveries (destination, next) WHERE want <> have;
+CREATE TABLE IF NOT EXISTS members (
+	approval TEXT NOT NULL PRIMARY KEY,
+	kin      TEXT NOT NULL,
+	run      TEXT NOT NULL,
+	asked    INTEGER NOT NULL,
+	flood    TEXT NOT NULL,
+	status   TEXT NOT NULL,
+	over     INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS members_kin ON members (kin, asked);
+CREATE INDEX IF NOT EXISTS members_flood ON members (flood, asked) WHERE flood <> ''`
 
 // Open opens or creates the outbox and starts to deliver.
 func Open(ctx context.Context, c Config) (*Outbox, error) {
@@ -194,7 +212,7 @@ func Open(ctx context.Context, c Config) (*Outbox, error) {
 	for _, d := range []struct {
 		v *time.Duration
 		d time.Duration
-	}{{&c.MinWait, time.Second}, {&c.MaxWait, time.Minute}, {&c.Settle, 3 * time.Second}, {&c.GiveUp, 7 * 24 * time.Hour}, {&c.Timeout, 15 * time.Second}} {
+	}{{&c.MinWait, time.Second}, {&c.MaxWait, time.Minute}, {&c.Settle, 3 * time.Second}, {&c.GiveUp, 7 * 24 * time.Hour}, {&c.Timeout, 15 * time.Second}, {&c.FloodWait, 5 * time.Second}} {
 		if *d.v <= 0 {
 			*d.v = d.d
 		}
@@ -311,22 +329,26 @@ func (o *Outbox) follow(ctx context.Context, events <-chan approvals.Event) {
 // changed while nobody followed, and of passkeys that changed of late.
 func (o *Outbox) reconcile(ctx context.Context) error {
 	f := approvals.Filter{State: approvals.StatePending, Limit: 200}
+	var pending []approvals.Request
 	for {
 		page, next, err := o.c.Source.List(ctx, f)
 		if err != nil {
 			return err
 		}
-		for i := range page {
-			if err := o.note(ctx, &page[i], false); err != nil {
-				return err
-			}
-		}
+		pending = append(pending, page...)
 		if next == "" {
 			break
 		}
 		f.Before = next
 	}
-	ids, err := o.texts(ctx, "SELECT DISTINCT approval FROM deliveries WHERE over = 0")
+	// As they came: which of them are told together hangs on it.
+	slices.SortStableFunc(pending, func(a, b approvals.Request) int { return a.Asked.Compare(b.Asked) })
+	for i := range pending {
+		if err := o.note(ctx, &pending[i], false); err != nil {
+			return err
+		}
+	}
+	ids, err := o.texts(ctx, "SELECT DISTINCT approval FROM deliveries WHERE over = 0 AND approval NOT LIKE 'flood:%' UNION SELECT approval FROM members WHERE over = 0")
 	if err != nil {
 		return err
 	}
@@ -335,8 +357,10 @@ func (o *Outbox) reconcile(ctx context.Context) error {
 		switch {
 		case errors.Is(err, approvals.ErrNotFound):
 			// Of another ledger, or no longer kept: there is nothing to tell.
-			if _, err := o.db.ExecContext(ctx, "DELETE FROM deliveries WHERE approval = ?", id); err != nil {
-				return err
+			for _, table := range []string{"deliveries", "members"} {
+				if _, err := o.db.ExecContext(ctx, "DELETE FROM "+table+" WHERE approval = ?", id); err != nil {
+					return err
+				}
 			}
 		case err != nil:
 			return err
@@ -387,6 +411,18 @@ func (o *Outbox) notePasskey(ctx context.Context, k *approvals.Passkey) error {
 // about reads what the row named id tells of, as it is now. The error is
 // approvals.ErrNotFound where there is no such thing.
 func (o *Outbox) about(ctx context.Context, id string) (*Delivery, error) {
+	if first, ok := strings.CutPrefix(id, ofFlood); ok {
+		f, err := o.flood(ctx, o.db, id)
+		if err != nil {
+			return nil, err
+		}
+		r, err := o.c.Source.Get(ctx, first)
+		if err != nil {
+			return nil, err
+		}
+		f.URL = strings.TrimSuffix(r.URL, "/"+first) + "?state=pending"
+		return &Delivery{Flood: f, Version: f.Version()}, nil
+	}
 	enrolled, ok := strings.CutPrefix(id, ofPasskey)
 	if !ok {
 		r, err := o.c.Source.Get(ctx, id)
@@ -440,6 +476,20 @@ func (o *Outbox) note(ctx context.Context, r *approvals.Request, fresh bool) err
 		return err
 	}
 	defer tx.Rollback()
+	flood, err := o.fold(ctx, tx, r)
+	if err != nil {
+		return err
+	}
+	if flood != "" {
+		if err := o.noteFlood(ctx, tx, flood, r, fresh); err != nil {
+			return err
+		}
+		if err := tx.Commit(); err != nil {
+			return err
+		}
+		o.wakeAll()
+		return nil
+	}
 	for _, s := range o.c.Senders {
 		if _, err := tx.ExecContext(ctx, `INSERT INTO deliveries (approval, destination, want, doubt_first, doubt_last, over) VALUES (?, ?, ?, ?, ?, ?)
 			ON CONFLICT DO UPDATE SET want = excluded.want, over = CASE WHEN over = 0 THEN excluded.over ELSE over END`,
@@ -474,7 +524,11 @@ func (o *Outbox) forget(ctx context.Context) error {
 	if untold > 0 {
 		o.c.Log.Error("notifications of what is over for long were never delivered", zap.Int("count", untold))
 	}
-	_, err := o.db.ExecContext(ctx, "DELETE FROM deliveries WHERE over > 0 AND over < ?", old)
+	if _, err := o.db.ExecContext(ctx, "DELETE FROM deliveries WHERE over > 0 AND over < ?", old); err != nil {
+		return err
+	}
+	// Of a flood that is still told all are kept, so that its count is right.
+	_, err := o.db.ExecContext(ctx, "DELETE FROM members WHERE over = 1 AND asked < ? AND (flood = '' OR flood NOT IN (SELECT approval FROM deliveries))", old)
 	return err
 }
 
@@ -599,19 +653,29 @@ func (o *Outbox) attempt(ctx context.Context, s Sender, r *row) (down bool, afte
 		if d.Passkey != nil {
 			place = "" // each state of a passkey is a message of its own
 		}
+		var next int64
+		if d.Flood != nil {
+			next = o.c.Now().Add(o.c.FloodWait).UnixMilli()
+		}
 		// Where an event changed want meanwhile, it stays and is due at once.
 		_, err := o.db.ExecContext(ctx, `UPDATE deliveries SET have = ?1, place = ?2, want = CASE WHEN want = ?3 THEN ?1 ELSE want END, doubt_first = 0, doubt_last = 0,
-			tries = 0, next = 0, over = CASE WHEN over = 0 THEN ?4 ELSE over END WHERE approval = ?5 AND destination = ?6`,
-			d.Version, place, r.want, over, r.approval, s.Name())
+			tries = 0, next = ?7, over = CASE WHEN over = 0 THEN ?4 ELSE over END WHERE approval = ?5 AND destination = ?6`,
+			d.Version, place, r.want, over, r.approval, s.Name(), next)
 		return false, 0, err
 	}
 	r.tries++
 	wait := o.backoff(r.tries)
 	var certain *Failure
 	switch {
-	case errors.Is(sendErr, ErrGone) && d.Request != nil:
+	case errors.Is(sendErr, ErrGone) && d.Passkey == nil:
+		asked := o.c.Now()
+		if d.Request != nil {
+			asked = d.Request.Asked
+		} else if d.Flood != nil {
+			asked = d.Flood.First
+		}
 		_, err = o.db.ExecContext(ctx, "UPDATE deliveries SET place = '', have = '', tries = ?, next = ?, doubt_first = ?, doubt_last = ? WHERE approval = ? AND destination = ?",
-			r.tries, o.c.Now().Add(wait).UnixMilli(), d.Request.Asked.UnixMilli(), o.c.Now().UnixMilli(), r.approval, s.Name())
+			r.tries, o.c.Now().Add(wait).UnixMilli(), asked.UnixMilli(), o.c.Now().UnixMilli(), r.approval, s.Name())
 	case errors.As(sendErr, &certain):
 		wait = max(wait, certain.After)
 		down, after = certain.Down, certain.After

@@ -26,7 +26,7 @@ type pendingRoom struct {
 }
 
 func (p pendingRoom) request(i int) approvals.Request {
-	return approvals.Request{ID: fmt.Sprintf("apr_%03d", i), Status: store.StatusPending, Scope: "s", Asked: p.asked, URL: "http://localhost/x", LeafHash: strings.Repeat("A", 44)}
+	return approvals.Request{ID: fmt.Sprintf("apr_%03d", i), Status: store.StatusPending, Scope: fmt.Sprint("s", i), Asked: p.asked, URL: "http://localhost/x", LeafHash: strings.Repeat("A", 44)}
 }
 
 func (p pendingRoom) Get(_ context.Context, id string) (*approvals.Request, error) {

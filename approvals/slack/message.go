@@ -10,6 +10,7 @@ import (
 	slackgo "github.com/slack-go/slack"
 
 	"github.com/countersign-dev/countersign/approvals"
+	"github.com/countersign-dev/countersign/approvals/outbox"
 	"github.com/countersign-dev/countersign/store"
 )
 
@@ -214,6 +215,32 @@ func message(r *approvals.Request) (blocks []slackgo.Block, whole bool) {
 		blocks = append(blocks, note(fmt.Sprintf("%d characters are cut here: read the whole on the page.", cut)))
 	}
 	return append(blocks, slackgo.NewActionBlock("countersign", buttons...)), cut == 0
+}
+
+// floodline says how many are told together. Scopes are named by the catalogue.
+func floodline(f *outbox.Flood) string {
+	text, _ := join(escape(fmt.Sprintf("%d more approvals asked: %s", f.Requests, f.Scope)), maxHeader)
+	return text
+}
+
+// flood renders f: how many, from whom, and where each of them is looked at and
+// decided. Nothing is decided by it.
+func flood(f *outbox.Flood) []slackgo.Block {
+	one := func(label, value string) field { return field{label, []string{value}} }
+	runs := field{"Runs", slices.Clone(f.Runs)}
+	if more := f.RunCount - len(f.Runs); more > 0 {
+		runs.lines = append(runs.lines, fmt.Sprintf("and %d more", more))
+	}
+	blocks, _ := sections([]field{
+		one("Scope", f.Scope), one("Orchestrator that asks", f.Orchestrator), runs,
+		one("Waiting for people", fmt.Sprint(f.Waiting)), one("Approved", fmt.Sprint(f.Approved)), one("Denied", fmt.Sprint(f.Denied)), one("Ended otherwise", fmt.Sprint(f.Ended)),
+		one("Asked", at(f.First)+" to "+at(f.Last)),
+	})
+	page := slackgo.NewButtonBlockElement(actionOpen, "open", plain("Open the page"))
+	page.URL = f.URL
+	blocks = append([]slackgo.Block{slackgo.NewHeaderBlock(plain(floodline(f)))}, blocks...)
+	return append(blocks, note("So many came at once that they are told together. Each is looked at and decided on its own, on the page."),
+		slackgo.NewActionBlock("countersign", page))
 }
 
 func note(text string) slackgo.Block { return slackgo.NewContextBlock("", plain(text)) }

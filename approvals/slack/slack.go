@@ -163,16 +163,24 @@ func (s *Slack) Close() error {
 // Name implements outbox.Sender.
 func (s *Slack) Name() string { return "slack" }
 
-// Send implements outbox.Sender: one message per request, changed in place; and
-// one to a passkey's owner for each state of it.
+// Send implements outbox.Sender: one message per request, or for many that came
+// at once, changed in place; and one to a passkey's owner for each state of it.
 func (s *Slack) Send(ctx context.Context, d outbox.Delivery) (string, error) {
 	if d.Passkey != nil {
 		return "", s.tellOwner(ctx, d.Passkey, d.Version)
 	}
-	r := d.Request
+	about := ""
+	var blocks []slackgo.Block
+	var text string
+	if d.Flood != nil {
+		about, blocks, text = d.Flood.ID, flood(d.Flood), floodline(d.Flood)
+	} else {
+		about, text = d.Request.ID, headline(d.Request)
+		blocks, _ = message(d.Request)
+	}
 	channel, ts, ok := strings.Cut(d.Place, " ")
 	if !ok && d.Doubt != nil {
-		found, err := s.find(ctx, r.ID, d.Doubt)
+		found, err := s.find(ctx, about, d.Doubt)
 		if err != nil {
 			// Looking leaves nothing behind.
 			var f *outbox.Failure
@@ -190,12 +198,11 @@ func (s *Slack) Send(ctx context.Context, d outbox.Delivery) (string, error) {
 			}
 		}
 	}
-	blocks, _ := message(r)
 	options := []slackgo.MsgOption{
 		slackgo.MsgOptionBlocks(blocks...),
-		slackgo.MsgOptionText(headline(r), false), // escaped already; shown in notifications
+		slackgo.MsgOptionText(text, false), // escaped already; shown in notifications
 		slackgo.MsgOptionDisableMarkdown(), slackgo.MsgOptionDisableLinkUnfurl(), slackgo.MsgOptionDisableMediaUnfurl(),
-		slackgo.MsgOptionMetadata(slackgo.SlackMetadata{EventType: eventType, EventPayload: map[string]any{"id": r.ID}}),
+		slackgo.MsgOptionMetadata(slackgo.SlackMetadata{EventType: eventType, EventPayload: map[string]any{"id": about}}),
 	}
 	var err error
 	if ok {

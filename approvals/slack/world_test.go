@@ -93,7 +93,7 @@ func (w *world) start() {
 	w.t.Helper()
 	w.slack = must(New(w.t.Context(), w.config()))
 	w.outbox = must(outbox.Open(w.t.Context(), outbox.Config{File: w.file, Source: w.rooms, Senders: []outbox.Sender{w.slack}, Now: w.now,
-		MinWait: 5 * time.Millisecond, MaxWait: 50 * time.Millisecond, Settle: 20 * time.Millisecond}))
+		MinWait: 5 * time.Millisecond, MaxWait: 50 * time.Millisecond, Settle: 20 * time.Millisecond, FloodWait: 2 * time.Second}))
 	server := httptest.NewServer(w.slack.Interactions())
 	w.url = server.URL + route
 	w.t.Cleanup(func() { server.Close(); w.outbox.Close(); w.slack.Close() })

@@ -91,14 +91,15 @@ func (e *Endpoint) Name() string { return "webhook:" + e.c.Name }
 
 // Message is the body of a webhook.
 type Message struct {
-	Type      string    `json:"type"`      // approval.requested, .decided, .approved, .denied, .expired, .withdrawn, .void, .issued, .failed, .closed; passkey.enrolled, .activated, .revoked
+	Type      string    `json:"type"`      // approval.requested, .decided, .approved, .denied, .expired, .withdrawn, .void, .issued, .failed, .closed, .flood; passkey.enrolled, .activated, .revoked
 	Timestamp time.Time `json:"timestamp"` // of this attempt
 	Data      Data      `json:"data"`
 }
 
-// Data is what a message is about: one of both.
+// Data is what a message is about: one of these.
 type Data struct {
 	Approval *approvals.Request `json:"approval,omitzero"` // as GET /approvals/{id} gives it
+	Flood    *outbox.Flood      `json:"flood,omitzero"`    // many that came at once, and are told together
 	Passkey  *approvals.Passkey `json:"passkey,omitzero"`  // as GET /passkeys gives it
 }
 
@@ -106,6 +107,8 @@ type Data struct {
 func kind(d outbox.Delivery) string {
 	r := d.Request
 	switch {
+	case d.Flood != nil:
+		return "approval.flood"
 	case r == nil:
 		return "passkey." + d.Version
 	case r.Status == store.StatusPending && len(r.Decisions) == 0:
@@ -123,7 +126,7 @@ func (e *Endpoint) Send(ctx context.Context, d outbox.Delivery) (string, error) 
 		return "", &outbox.Failure{Err: err, After: after, Down: true}
 	}
 	now := e.c.Now()
-	body, err := json.Marshal(Message{Type: kind(d), Timestamp: now.UTC(), Data: Data{Approval: d.Request, Passkey: d.Passkey}}, json.Deterministic(true))
+	body, err := json.Marshal(Message{Type: kind(d), Timestamp: now.UTC(), Data: Data{Approval: d.Request, Flood: d.Flood, Passkey: d.Passkey}}, json.Deterministic(true))
 	if err != nil {
 		return "", &outbox.Failure{Err: fmt.Errorf("webhook %s: %w", e.c.Name, err)}
 	}
@@ -132,9 +135,12 @@ func (e *Endpoint) Send(ctx context.Context, d outbox.Delivery) (string, error) 
 		return fail(fmt.Errorf("webhook %s: the address cannot be used", e.c.Name), 0)
 	}
 	var about string
-	if d.Request != nil {
+	switch {
+	case d.Request != nil:
 		about = d.Request.ID
-	} else {
+	case d.Flood != nil:
+		about = d.Flood.ID
+	default:
 		about = d.Passkey.ID
 	}
 	id := about + "-" + strings.ReplaceAll(d.Version, "/", "-") // no dot: dots part what is signed

@@ -232,3 +232,24 @@ func FuzzRetryAfter(f *testing.F) {
 		}
 	})
 }
+
+func TestAFloodIsToldWithItsCounts(t *testing.T) {
+	e := newEndpoint(t)
+	h := newHook(t, e.URL)
+	f := &outbox.Flood{ID: "flood:apr_6", Orchestrator: "demo", Scope: "vault:demo-write", Runs: []string{"run-1"}, RunCount: 1}
+	for i := range 3 {
+		f.Requests, f.Waiting = 10*(i+1), 10*(i+1)
+		if _, err := h.Send(t.Context(), outbox.Delivery{Flood: f, Version: f.Version()}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	e.check(t)
+	for i, m := range e.got {
+		if m.Type != "approval.flood" || m.Data.Flood == nil || m.Data.Flood.Waiting != 10*(i+1) || m.Data.Approval != nil || m.Data.Passkey != nil {
+			t.Errorf("%d: %s", i, e.raw[i])
+		}
+		if i > 0 && e.ids[i] == e.ids[i-1] || strings.Contains(e.ids[i], ".") {
+			t.Errorf("%d: webhook-id %q", i, e.ids[i])
+		}
+	}
+}
