@@ -163,6 +163,48 @@ type row struct {
 	Pending bool
 	Said    string // the reason, or its beginning
 	Cut     int    // how many characters of the reason are left out
+	Now     time.Time
+}
+
+// kin are requests of one run for one scope that wait, as they stand in the
+// inbox.
+type kin struct {
+	Orchestrator, Run, Scope string
+	Rows                     []row
+}
+
+// many is from how many on requests of one run for one scope are folded up.
+const many = 6
+
+// Many reports whether k is folded up. Each is looked at and decided on its own
+// all the same.
+func (k *kin) Many() bool { return len(k.Rows) >= many }
+
+// kinOf sorts the rows of a page: those that wait, of one run for one scope, go
+// together where the first of them stands, if they are many.
+func kinOf(rows []row) (list []*kin) {
+	type key struct{ orchestrator, run, scope string }
+	of := func(x *row) key { return key{x.Orchestrator, x.Run, x.Scope} }
+	n := map[key]int{}
+	for i := range rows {
+		if rows[i].Pending {
+			n[of(&rows[i])]++
+		}
+	}
+	folded := map[key]*kin{}
+	for i := range rows {
+		x := &rows[i]
+		if k := folded[of(x)]; k != nil && x.Pending {
+			k.Rows = append(k.Rows, *x)
+			continue
+		}
+		k := &kin{x.Orchestrator, x.Run, x.Scope, []row{*x}}
+		if x.Pending && n[of(x)] >= many {
+			folded[of(x)] = k
+		}
+		list = append(list, k)
+	}
+	return list
 }
 
 // tab is a link to a state of requests.
@@ -190,7 +232,7 @@ func (h *HTML) Inbox(w http.ResponseWriter, r *http.Request, person approvals.Pe
 		frame
 		What, Empty, EmptyText string
 		Tabs                   []tab
-		Rows                   []row
+		Kin                    []*kin
 		First, More, Version   string
 	}{frame: h.frame(r, person, "approvals", "Approvals")}
 	inbox.Exact, inbox.Here = true, r.URL.RequestURI()
@@ -210,14 +252,15 @@ func (h *HTML) Inbox(w http.ResponseWriter, r *http.Request, person approvals.Pe
 		inbox.More = "/approvals?state=" + url.QueryEscape(f.State) + "&cursor=" + url.QueryEscape(next)
 	}
 	shown := []any{next}
+	var rows []row
 	for i := range list {
 		q := &list[i]
-		x := row{Request: q, Link: "/approvals/" + url.PathEscape(q.ID), State: stateOf(q.Status), Tone: q.Sensitivity, Pending: q.Status == store.StatusPending}
+		x := row{Request: q, Link: "/approvals/" + url.PathEscape(q.ID), State: stateOf(q.Status), Tone: q.Sensitivity, Pending: q.Status == store.StatusPending, Now: inbox.Now}
 		x.Said, x.Cut = page.Begin(q.Reason, maxSaid)
-		inbox.Rows = append(inbox.Rows, x)
+		rows = append(rows, x)
 		shown = append(shown, q.ID, q.Status, q.Needs, len(q.Decisions))
 	}
-	inbox.Version = version(shown...)
+	inbox.Kin, inbox.Version = kinOf(rows), version(shown...)
 	h.write(w, r, http.StatusOK, "inbox", inbox)
 }
 

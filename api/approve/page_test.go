@@ -1108,3 +1108,51 @@ func FuzzText(f *testing.F) {
 		}
 	})
 }
+
+func TestManyRequestsOfOneRunForOneScopeAreFoldedAndEachHasItsPage(t *testing.T) {
+	p := newPages(t, &judge{})
+	for i := range 40 {
+		r := *p.req
+		r.ID = fmt.Sprintf("apr_many_%d", i)
+		switch i {
+		case 20:
+			r.Run = "run-of-its-own"
+		case 21:
+			r.Status = store.StatusDenied // decided: not among those that wait
+		}
+		p.list = append(p.list, r)
+	}
+	a := p.get(t, "/approvals?state=all")
+	if folded := a.find("details"); len(folded) != 1 || !strings.Contains(a.text(), "38 requests for") {
+		t.Errorf("%d folds:\n%s", len(folded), a.text())
+	}
+	inside := 0
+	links := map[string]bool{}
+	for _, n := range a.find("a") {
+		href := attr(n, "href")
+		links[href] = true
+		for up := n.Parent; up != nil; up = up.Parent {
+			if up.Data == "details" && strings.HasPrefix(href, "/approvals/apr_many_") {
+				inside++
+			}
+		}
+	}
+	if inside != 38 {
+		t.Errorf("%d requests are folded", inside)
+	}
+	for i := range 40 {
+		if !links[fmt.Sprintf("/approvals/apr_many_%d", i)] {
+			t.Errorf("request %d has no link", i)
+		}
+	}
+	for _, form := range a.find("form") {
+		if strings.Contains(attr(form, "action"), "decision") {
+			t.Error("something is decided without being looked at")
+		}
+	}
+	// Few stand one by one.
+	p.list = p.list[:5]
+	if a := p.get(t, "/approvals?state=all"); len(a.find("details")) != 0 {
+		t.Error("five are folded")
+	}
+}

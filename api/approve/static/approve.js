@@ -53,6 +53,8 @@
         if (!now || now.dataset.version === old.dataset.version) continue;
         const focus = document.activeElement && old.contains(document.activeElement) ? document.activeElement.id : '';
         const typed = old.querySelector('textarea');
+        const open = [...old.querySelectorAll('details[data-fold][open]')].map((d) => d.dataset.fold);
+        for (const d of now.querySelectorAll('details[data-fold]')) d.open = open.includes(d.dataset.fold);
         now.classList.add('fresh');
         old.replaceWith(now);
         const field = now.querySelector('textarea');
