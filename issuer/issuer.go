@@ -6,14 +6,11 @@ package issuer
 
 import (
 	"context"
-	"crypto/tls"
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"net"
 	"net/http"
 	"net/url"
-	"os"
 	"time"
 
 	"github.com/hashicorp/vault/api"
@@ -21,6 +18,7 @@ import (
 
 	"github.com/countersign-dev/countersign/scopes"
 	"github.com/countersign-dev/countersign/store"
+	"github.com/countersign-dev/countersign/store/trust"
 )
 
 // Config says which Vault to use, as whom, and what a mint is checked against.
@@ -112,30 +110,22 @@ func newClient(cfg Config) (*api.Client, error) {
 	if err != nil || u.Host == "" || (u.Scheme != "https" && u.Scheme != "http") || u.User != nil {
 		return nil, fmt.Errorf("the Vault address %q is not a URL such as https://vault.example.com:8200", cfg.Addr)
 	}
-	tlsConfig := &tls.Config{MinVersion: tls.VersionTLS12}
-	if cfg.CA != "" {
-		pem, err := os.ReadFile(cfg.CA)
-		if err != nil {
-			return nil, fmt.Errorf("reading Vault's CA: %w", err)
-		}
-		tlsConfig.RootCAs = x509.NewCertPool()
-		if !tlsConfig.RootCAs.AppendCertsFromPEM(pem) {
-			return nil, fmt.Errorf("the CA of Vault, %s, holds no PEM certificate", cfg.CA)
-		}
+	roots, err := trust.Open(trust.Files{CA: cfg.CA}, cfg.Logger)
+	if err != nil {
+		return nil, fmt.Errorf("the CA of Vault: %w", err)
 	}
 	client, err := api.NewClient(&api.Config{
 		Address:    cfg.Addr,
 		Timeout:    cfg.CallTimeout,
 		MaxRetries: 0, // a repeated create would leave a second child behind
 		HttpClient: &http.Client{
-			Transport: &http.Transport{
+			Transport: roots.Transport(&http.Transport{
 				DialContext:         (&net.Dialer{Timeout: 5 * time.Second, KeepAlive: 30 * time.Second}).DialContext,
-				TLSClientConfig:     tlsConfig,
 				TLSHandshakeTimeout: 5 * time.Second,
 				ForceAttemptHTTP2:   true,
 				// 64 steps at a time keep their connections; more open new ones.
 				MaxIdleConns: 128, MaxIdleConnsPerHost: 128, IdleConnTimeout: 90 * time.Second,
-			},
+			}),
 			// The library follows one redirect itself (standby to active), and
 			// checks that it does not leave TLS.
 			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },

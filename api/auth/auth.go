@@ -76,12 +76,12 @@ func unauthenticated(format string, a ...any) error {
 
 // Guard stands before the routes of one listener.
 type Guard struct {
-	Tokens   *Tokens     // nil: no API tokens
-	OIDC     *Issuers    // nil: no OIDC tokens
-	Certs    Certs       // empty: no client certificates
-	People   *People     // nil: nobody logs in here
-	Refusals *Refusals   // nil: refusals are logged alone
-	Log      *zap.Logger // nil: the request's logger
+	Tokens   *Tokens      // nil: no API tokens
+	OIDC     *Issuers     // nil: no OIDC tokens
+	Certs    *ClientCerts // nil: no client certificates
+	People   *People      // nil: nobody logs in here
+	Refusals *Refusals    // nil: refusals are logged alone
+	Log      *zap.Logger  // nil: the request's logger
 }
 
 type principalKey struct{}
@@ -101,6 +101,29 @@ func NewContext(ctx context.Context, p *Principal) context.Context {
 // ErrForgery beside whose session it was, unless what is needed to tell could
 // not be read.
 func (g *Guard) Authenticate(r *http.Request) (*Principal, error) {
+	if g.Certs == nil || r.TLS == nil || len(r.TLS.PeerCertificates) == 0 {
+		return g.byToken(r)
+	}
+	// A certificate counts beside a token, too: who shows both is one caller.
+	c, err := g.Certs.principal(r.TLS.PeerCertificates)
+	if err != nil {
+		return nil, err
+	}
+	p, err := g.byToken(r)
+	switch {
+	case errors.Is(err, errNoCredential):
+		return c, nil
+	case err == nil && (p.Name != c.Name || !p.Has(c.Role)):
+		return nil, unauthenticated("the certificate is %s %q's, the token %s %q's", c.Role, c.Name, p.Role, p.Name)
+	}
+	return p, err
+}
+
+// errNoCredential is why a caller without token and session is not known.
+var errNoCredential = errors.New("no credential")
+
+// byToken is Authenticate by token or session alone.
+func (g *Guard) byToken(r *http.Request) (*Principal, error) {
 	token, err := bearer(r.Header)
 	if err != nil {
 		return nil, err
@@ -111,10 +134,8 @@ func (g *Guard) Authenticate(r *http.Request) (*Principal, error) {
 		}
 	}
 	switch {
-	case token == "" && r.TLS != nil && len(r.TLS.VerifiedChains) > 0:
-		return g.Certs.principal(r.TLS.VerifiedChains[0][0])
 	case token == "":
-		return nil, unauthenticated("no credential")
+		return nil, unauthenticated("%w", errNoCredential)
 	case strings.HasPrefix(token, tokenPrefix):
 		if g.Tokens == nil {
 			return nil, unauthenticated("this listener takes no API tokens")

@@ -7,17 +7,13 @@ import (
 	"crypto/hmac"
 	"crypto/rand"
 	"crypto/sha256"
-	"crypto/tls"
 	"crypto/x509"
-	"crypto/x509/pkix"
 	"encoding/base64"
 	"encoding/json"
 	"encoding/pem"
 	"errors"
-	"math/big"
 	"net/http"
 	"net/http/httptest"
-	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
@@ -455,81 +451,4 @@ func TestWhileTheLedgerIsAwayRefusalsAreKept(t *testing.T) {
 	if d, _ := store.DetailsAs[store.RefusedDetails](&rec.subs[0].Entry); d.Folded != 2 {
 		t.Fatalf("%+v", d)
 	}
-}
-
-func TestAWriterIsKnownByItsClientCertificate(t *testing.T) {
-	ca := newCA(t)
-	certs := auth.Certs{{Name: "broker-1", URI: "spiffe://example.org/broker-1"}, {Name: "broker-2", CommonName: "broker-2"}}
-	if err := certs.Check(); err != nil {
-		t.Fatal(err)
-	}
-	srv := httptest.NewUnstartedServer(guarded(&auth.Guard{Certs: certs}))
-	srv.TLS = &tls.Config{ClientAuth: tls.VerifyClientCertIfGiven, ClientCAs: ca.pool}
-	srv.StartTLS()
-	defer srv.Close()
-	evil := newCA(t)
-	for _, c := range []struct {
-		name   string
-		cert   *tls.Certificate
-		status int // 0: the handshake fails
-	}{
-		{"by SPIFFE ID", ca.issue(t, "x", "spiffe://example.org/broker-1"), 200},
-		{"by common name", ca.issue(t, "broker-2"), 200},
-		{"another SPIFFE ID with a known common name", ca.issue(t, "broker-2", "spiffe://example.org/other"), 401},
-		{"two SPIFFE IDs", ca.issue(t, "x", "spiffe://example.org/broker-1", "spiffe://example.org/other"), 401},
-		{"none", nil, 401},
-		{"of another CA", evil.issue(t, "broker-2"), 0},
-	} {
-		tr := srv.Client().Transport.(*http.Transport).Clone()
-		if c.cert != nil {
-			tr.TLSClientConfig.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return c.cert, nil }
-		}
-		resp, err := (&http.Client{Transport: tr}).Get(srv.URL + "/w/1")
-		switch {
-		case c.status == 0 && err == nil:
-			t.Errorf("%s: accepted", c.name)
-		case c.status != 0 && err != nil:
-			t.Errorf("%s: %v", c.name, err)
-		case err == nil && resp.StatusCode != c.status:
-			t.Errorf("%s: %d", c.name, resp.StatusCode)
-		}
-		if err == nil {
-			resp.Body.Close()
-		}
-	}
-}
-
-type ca struct {
-	cert *x509.Certificate
-	key  *ecdsa.PrivateKey
-	pool *x509.CertPool
-}
-
-func newCA(t *testing.T) *ca {
-	key, _ := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	tmpl := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "ca"}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
-		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign}
-	der, err := x509.CreateCertificate(rand.Reader, tmpl, tmpl, key.Public(), key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	cert, _ := x509.ParseCertificate(der)
-	pool := x509.NewCertPool()
-	pool.AddCert(cert)
-	return &ca{cert, key, pool}
-}
-
-func (c *ca) issue(t *testing.T, cn string, uris ...string) *tls.Certificate {
-	key, _ := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	tmpl := &x509.Certificate{SerialNumber: big.NewInt(time.Now().UnixNano()), Subject: pkix.Name{CommonName: cn}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
-		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}}
-	for _, s := range uris {
-		u, _ := url.Parse(s)
-		tmpl.URIs = append(tmpl.URIs, u)
-	}
-	der, err := x509.CreateCertificate(rand.Reader, tmpl, c.cert, key.Public(), c.key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return &tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
 }

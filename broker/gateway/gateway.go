@@ -11,7 +11,6 @@ import (
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
-	"crypto/x509"
 	"encoding/base64"
 	"errors"
 	"fmt"
@@ -25,6 +24,7 @@ import (
 	"github.com/countersign-dev/countersign/issuer"
 	"github.com/countersign-dev/countersign/store"
 	"github.com/countersign-dev/countersign/store/refusal"
+	"github.com/countersign-dev/countersign/store/trust"
 )
 
 // Errors of the access path. store.ErrUnavailable is wrapped where the recorder
@@ -67,7 +67,7 @@ type Config struct {
 	TrustDomain string            // of the SPIFFE ID under which those stand who show no token
 	Addresses   map[string]string // what steps are told, by protocol: postgres host:port, http and mcp a URL
 	Upstreams   map[string]string // host:port that is dialled, by the host, or host:port, that a catalogue names; others are dialled as named
-	RootCAs     *x509.CertPool    // whom targets' certificates are checked against; nil: the system's
+	Targets     *trust.Trust      // whom targets' certificates are checked against; nil: the system's
 	MaxSessions int               // open at once; 0: any number
 	Now         func() time.Time  // time.Now by default
 	Log         *zap.Logger       // none by default

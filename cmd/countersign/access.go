@@ -9,6 +9,8 @@ import (
 	"net/http"
 	"time"
 
+	"go.uber.org/zap"
+
 	"github.com/countersign-dev/countersign/api/server"
 	gatewayhttp "github.com/countersign-dev/countersign/broker/gateway/http"
 	"github.com/countersign-dev/countersign/broker/gateway/mcp"
@@ -23,7 +25,7 @@ type accessListener struct {
 }
 
 // listen opens the listeners that c names.
-func (c *gatewayConfig) listen() (_ map[string]accessListener, err error) {
+func (c *gatewayConfig) listen(log *zap.Logger) (_ map[string]accessListener, err error) {
 	out := map[string]accessListener{}
 	defer func() {
 		if err != nil {
@@ -43,7 +45,7 @@ func (c *gatewayConfig) listen() (_ map[string]accessListener, err error) {
 		at[store.ProtocolMCP] = &c.MCP.Listen
 	}
 	for protocol, listen := range at {
-		t, err := listen.tls()
+		_, t, err := listen.open(log)
 		if err != nil {
 			return out, fmt.Errorf("gateway.%s: %w", protocol, err)
 		}

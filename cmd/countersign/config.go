@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"cmp"
 	"crypto/tls"
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"net"
@@ -15,10 +14,12 @@ import (
 	"time"
 
 	"github.com/goccy/go-yaml"
+	"go.uber.org/zap"
 
 	"github.com/countersign-dev/countersign/api/auth"
 	"github.com/countersign-dev/countersign/broker"
 	"github.com/countersign-dev/countersign/store/siem"
+	"github.com/countersign-dev/countersign/store/trust"
 )
 
 // serveConfig is the file of `countersign serve`. Every secret is named by
@@ -83,7 +84,7 @@ type listenConfig struct {
 	Addr     string `yaml:"addr"`            // HOST:PORT to listen on; without cert a loopback address alone
 	Cert     string `yaml:"cert"`            // file, PEM: the certificate and what leads to its root
 	Key      string `yaml:"key"`             // file, PEM
-	ClientCA string `yaml:"client_ca"`       // file, PEM: whose client certificates name writers (record only)
+	ClientCA string `yaml:"client_ca"`       // file, PEM: whose client certificates name writers (record) or orchestrators (serve)
 	Insecure bool   `yaml:"insecure_listen"` // true: something in front ends TLS
 }
 
@@ -115,8 +116,24 @@ type appRoleConfig struct {
 
 // callersConfig says who may call as an orchestrator or a resource server.
 type callersConfig struct {
-	Tokens string              `yaml:"tokens"` // file of token hashes, as `countersign token` keeps it
-	OIDC   []auth.IssuerConfig `yaml:"oidc"`   // providers whose tokens are taken; they also prove subjects (`subject_token`)
+	Tokens string              `yaml:"tokens"`       // file of token hashes, as `countersign token` keeps it
+	OIDC   []auth.IssuerConfig `yaml:"oidc"`         // providers whose tokens are taken; they also prove subjects (`subject_token`)
+	Certs  []orchestratorCert  `yaml:"certificates"` // SPIFFE IDs of orchestrators, which are known by client certificate; listen.client_ca says whose
+}
+
+// orchestratorCert is an orchestrator that comes with an X.509-SVID.
+type orchestratorCert struct {
+	Name   string   `yaml:"name"`   // its name on record
+	URI    string   `yaml:"uri"`    // its SPIFFE ID; all are of one trust domain
+	Owners []string `yaml:"owners"` // people who own it, as user:NAME, and so never approve what it asks for
+}
+
+// certs are the orchestrators that come with certificates.
+func (c *callersConfig) certs() (list auth.Certs) {
+	for _, x := range c.Certs {
+		list = append(list, auth.Cert{Name: x.Name, URI: x.URI, Owners: x.Owners})
+	}
+	return list
 }
 
 // loadConfig reads a YAML file into c. Unknown and duplicate keys are refused
@@ -159,14 +176,19 @@ func (c *serveConfig) check() error {
 		return errors.New("recorder: set token_file, or cert and key")
 	case (c.Vault.Token == "") == (c.Vault.AppRole == nil):
 		return errors.New("vault: set either token_file or approle")
-	case c.Orchestrators.Tokens == "" && len(c.Orchestrators.OIDC) == 0:
-		return errors.New("orchestrators: set tokens, oidc or both; otherwise nobody can ask")
+	case c.Orchestrators.Tokens == "" && len(c.Orchestrators.OIDC) == 0 && len(c.Orchestrators.Certs) == 0:
+		return errors.New("orchestrators: set tokens, oidc, certificates or several of them; otherwise nobody can ask")
+	case (c.Listen.ClientCA == "") != (len(c.Orchestrators.Certs) == 0):
+		return errors.New("listen.client_ca and orchestrators.certificates go together: the one says whose certificates count, the other whom they name")
 	}
 	if err := c.Redis.check(); err != nil {
 		return err
 	}
 	if err := c.Limits.Check(); err != nil {
 		return fmt.Errorf("limits: %w", err)
+	}
+	if err := c.Orchestrators.certs().Check(auth.Orchestrator); err != nil {
+		return fmt.Errorf("orchestrators.%w", err)
 	}
 	for _, kv := range [][2]string{{"recorder.url", c.Recorder.URL}, {"recorder.page", cmp.Or(c.Recorder.Page, c.Recorder.URL)}, {"vault.addr", c.Vault.Addr}} {
 		if err := secureURL(kv[1]); err != nil {
@@ -180,7 +202,7 @@ func (c *serveConfig) check() error {
 }
 
 func (c *recordConfig) check() error {
-	if err := errors.Join(c.Listen.check(), c.Certs.Check()); err != nil {
+	if err := errors.Join(c.Listen.check(), c.Certs.Check(auth.Writer)); err != nil {
 		return err
 	}
 	if c.CheckNewest < 0 || c.Recheck < 0 {
@@ -241,36 +263,17 @@ func (l *listenConfig) check() error {
 	return nil
 }
 
-// tls returns the listener's TLS configuration, nil for a plain one.
-func (l *listenConfig) tls() (*tls.Config, error) {
+// open follows the listener's certificate, and the authorities of its clients'.
+// Both are nil for a plain listener.
+func (l *listenConfig) open(log *zap.Logger) (*trust.Trust, *tls.Config, error) {
 	if l.Cert == "" {
-		return nil, nil
+		return nil, nil, nil
 	}
-	cert, err := tls.LoadX509KeyPair(l.Cert, l.Key)
+	t, err := trust.Open(trust.Files{CA: l.ClientCA, Cert: l.Cert, Key: l.Key}, log.Named("tls"))
 	if err != nil {
-		return nil, fmt.Errorf("listen: %w", err)
+		return nil, nil, fmt.Errorf("listen: %w", err)
 	}
-	c := &tls.Config{MinVersion: tls.VersionTLS12, Certificates: []tls.Certificate{cert}}
-	if l.ClientCA != "" {
-		if c.ClientCAs, err = certPool(l.ClientCA); err != nil {
-			return nil, fmt.Errorf("listen.client_ca: %w", err)
-		}
-		// Given, not required: reviewers come with a token and no certificate.
-		c.ClientAuth = tls.VerifyClientCertIfGiven
-	}
-	return c, nil
-}
-
-func certPool(path string) (*x509.CertPool, error) {
-	pem, err := os.ReadFile(path)
-	if err != nil {
-		return nil, err
-	}
-	pool := x509.NewCertPool()
-	if !pool.AppendCertsFromPEM(pem) {
-		return nil, fmt.Errorf("%s holds no PEM certificate", path)
-	}
-	return pool, nil
+	return t, t.Server(), nil
 }
 
 // loopback reports whether addr can be reached from this machine alone. A

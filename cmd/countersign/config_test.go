@@ -9,7 +9,7 @@ import (
 
 // wholeServe is a configuration in which every key is set.
 const wholeServe = `
-listen: {addr: 0.0.0.0:8787, cert: tls.pem, key: tls.key}
+listen: {addr: 0.0.0.0:8787, cert: tls.pem, key: tls.key, client_ca: bundle.pem}
 public_url: https://countersign.example.com
 trust_domain: example.com
 identity_key: identity.key
@@ -26,6 +26,7 @@ orchestrators:
     - issuer: https://token.actions.githubusercontent.com
       audience: countersign
       orchestrators: [{match: {repository: acme/deploy}, orchestrator: ci, owners: ["user:ada"]}]
+  certificates: [{name: ci, uri: "spiffe://example.com/ci", owners: ["user:ada"]}]
 first_ttl: 60s
 drain: 20s
 gateway:
@@ -95,10 +96,12 @@ func TestAConfigurationThatShouldNotRunIsRefusedWithItsPlace(t *testing.T) {
 	for _, c := range []struct{ name, old, new, want string }{
 		{"an unknown key", "policy: policy.rego", "polcy: policy.rego", ":8:1: unknown field \"polcy\""},
 		{"an unknown key below another", "ca: ca.pem, log_key", "cacert: ca.pem, log_key", `unknown field "cacert"`},
-		{"a key twice", "drain: 20s", "drain: 20s\ndrain: 30s", ":20:1: "},
+		{"a key twice", "drain: 20s", "drain: 20s\ndrain: 30s", ":21:1: "},
 		{"a duration without unit", "drain: 20s", "drain: 20x", "unknown unit"},
+		{"an orchestrator by common name", `uri: "spiffe://example.com/ci"`, "common_name: ci", `unknown field "common_name"`},
+		{"certificates of nobody's", ", client_ca: bundle.pem", "", "go together"},
 		{"no writer", "writer: broker-1, ", "", "recorder.writer is not set"},
-		{"plain HTTP to the network", ", cert: tls.pem, key: tls.key", "", "insecure_listen"},
+		{"plain HTTP to the network", ", cert: tls.pem, key: tls.key, client_ca: bundle.pem", "", "insecure_listen"},
 		{"a certificate without its key", ", key: tls.key", "", "cert and key go together"},
 		{"a recorder in the clear", "https://recorder.example.com", "http://recorder.example.com", "recorder.url: http://recorder.example.com would carry tokens in the clear"},
 		{"a Vault in the clear", "https://vault.example.com", "http://vault.example.com", "vault.addr: "},
@@ -142,7 +145,7 @@ func TestAConfigurationThatShouldNotRunIsRefusedWithItsPlace(t *testing.T) {
 			t.Errorf("redis: {%s}: %v", redis, err)
 		}
 	}
-	if err := loadServe(t, strings.Replace(wholeServe, "0.0.0.0:8787, cert: tls.pem, key: tls.key", "0.0.0.0:8787, insecure_listen: true", 1)); err != nil {
+	if err := loadServe(t, strings.NewReplacer("0.0.0.0:8787, cert: tls.pem, key: tls.key, client_ca: bundle.pem", "0.0.0.0:8787, insecure_listen: true", "  certificates:", "  #").Replace(wholeServe)); err != nil {
 		t.Errorf("insecure_listen: %v", err)
 	}
 	for _, off := range []string{"check_newest: -1", "recheck: -1s"} {

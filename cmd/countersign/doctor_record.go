@@ -17,6 +17,7 @@ import (
 
 	slackgo "github.com/slack-go/slack"
 	"golang.org/x/mod/sumdb/note"
+	"go.uber.org/zap"
 
 	"github.com/countersign-dev/countersign/api/auth"
 	"github.com/countersign-dev/countersign/scopes"
@@ -295,7 +296,7 @@ func (d *doctor) vaultAudit(ctx context.Context, c *vaultAuditConfig) {
 		}
 		f.Close()
 	}
-	hash, err := c.hasher()
+	hash, err := c.hasher(zap.NewNop())
 	if err == nil {
 		ctx, cancel := context.WithTimeout(ctx, probeWithin)
 		defer cancel()

@@ -104,11 +104,11 @@ func (d *doctor) certificate(key string, l *listenConfig, host string) {
 		return
 	}
 	what := key + ".cert " + l.Cert
-	t, err := l.tls()
+	t, _, err := l.open(zap.NewNop())
 	if !d.look("certificate", what, err, "") {
 		return
 	}
-	leaf := t.Certificates[0].Leaf
+	leaf := t.Current().Certificate.Leaf
 	d.ends("certificate-ends", what, leaf)
 	if host == "" {
 		return
@@ -341,7 +341,7 @@ func (d *doctor) recorder(ctx context.Context, c *recorderConfig) {
 // dateOf asks the recorder whether it is up, and what time it has: zero where it
 // does not say.
 func dateOf(ctx context.Context, c *recorderConfig) (time.Time, error) {
-	t, err := c.transport()
+	t, err := c.transport(zap.NewNop())
 	if err != nil {
 		return time.Time{}, err
 	}

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/hashicorp/vault/api"
+	"go.uber.org/zap"
 
 	"github.com/countersign-dev/countersign/issuer"
 	"github.com/countersign-dev/countersign/scopes"
@@ -21,7 +22,7 @@ import (
 // at what the broker may not read.
 func (d *doctor) vault(ctx context.Context, c *serveConfig, set *scopes.Set, id *issuer.Identity) {
 	what := "vault.addr " + c.Vault.Addr
-	v, err := vaultClient(c.Vault.Addr, c.Vault.Namespace, c.Vault.CA)
+	v, err := vaultClient(c.Vault.Addr, c.Vault.Namespace, c.Vault.CA, zap.NewNop())
 	if err != nil {
 		d.fault("vault", what, "%v", err)
 		return

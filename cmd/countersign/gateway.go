@@ -8,8 +8,11 @@ import (
 	"strconv"
 	"strings"
 
+	"go.uber.org/zap"
+
 	"github.com/countersign-dev/countersign/broker/gateway"
 	"github.com/countersign-dev/countersign/store"
+	"github.com/countersign-dev/countersign/store/trust"
 )
 
 // gatewayConfig is the access path of a broker. A protocol that is not there is
@@ -110,7 +113,7 @@ func hostPort(s string) error {
 
 // options resolves c: what the gateway of a broker is made of, but for what it
 // shares with the broker.
-func (c *gatewayConfig) options() (*gateway.Config, error) {
+func (c *gatewayConfig) options(log *zap.Logger) (*gateway.Config, error) {
 	o := &gateway.Config{Addresses: map[string]string{}, Upstreams: c.Upstreams, MaxSessions: c.MaxSessions}
 	if c.HTTP != nil {
 		o.Addresses[store.ProtocolHTTP] = strings.TrimSuffix(c.HTTP.URL, "/")
@@ -121,11 +124,9 @@ func (c *gatewayConfig) options() (*gateway.Config, error) {
 	if c.MCP != nil {
 		o.Addresses[store.ProtocolMCP] = strings.TrimSuffix(c.MCP.URL, "/")
 	}
-	if c.CA != "" {
-		var err error
-		if o.RootCAs, err = certPool(c.CA); err != nil {
-			return nil, fmt.Errorf("gateway.ca_file: %w", err)
-		}
+	var err error
+	if o.Targets, err = trust.Open(trust.Files{CA: c.CA}, log); err != nil {
+		return nil, fmt.Errorf("gateway.ca_file: %w", err)
 	}
 	return o, nil
 }

@@ -54,10 +54,11 @@ func runRecord(ctx context.Context, c *recordConfig, log *zap.Logger) error {
 	if err != nil {
 		return err
 	}
-	tls, err := c.Listen.tls()
+	certs, tls, err := c.Listen.open(log)
 	if err != nil {
 		return err
 	}
+	o.certs = &auth.ClientCerts{Trust: certs, Role: auth.Writer, Certs: c.Certs}
 	l, err := net.Listen("tcp", c.Listen.Addr)
 	if err != nil {
 		return fmt.Errorf("listen.addr: %w", err)
@@ -176,7 +177,7 @@ func (s *standby) record(ctx context.Context, o *peopleOptions) error {
 
 // options resolves a configuration: it reads every file that it names.
 func (c *recordConfig) options(log *zap.Logger) (*peopleOptions, error) {
-	o := &peopleOptions{trustDomain: c.TrustDomain, certs: c.Certs, log: log, public: !c.Private}
+	o := &peopleOptions{trustDomain: c.TrustDomain, log: log, public: !c.Private}
 	o.ledger = ledger.Options{
 		Dir: c.Dir, HeadFile: c.HeadFile, KeysFile: c.KeysFile, Grace: c.Grace, PublishEvery: c.Publish,
 		CheckNewest: c.CheckNewest, RecheckEvery: c.Recheck,
@@ -213,7 +214,7 @@ func (c *recordConfig) options(log *zap.Logger) (*peopleOptions, error) {
 		}
 	}
 	if c.Keep != nil {
-		if o.keeping, err = c.Keep.open(c.Dir); err != nil {
+		if o.keeping, err = c.Keep.open(c.Dir, log.Named("keep")); err != nil {
 			return nil, err
 		}
 	}
@@ -226,13 +227,13 @@ type peopleOptions struct {
 	trustDomain string
 	ledger      ledger.Options
 	tokens      *auth.Tokens
-	tokenFile   string // the file of tokens, to say which writers there are
-	certs       auth.Certs
-	public      bool             // checkpoint and hash tiles are for anyone
-	approval    *approvalOptions // nil: nobody is asked for an approval
-	keeping     *keeping         // nil: checkpoints are kept nowhere else
-	siem        siem.Config      // where events are pushed
-	retention   retentionConfig  // how long erasable texts are kept
+	tokenFile   string            // the file of tokens, to say which writers there are
+	certs       *auth.ClientCerts // nil: none
+	public      bool              // checkpoint and hash tiles are for anyone
+	approval    *approvalOptions  // nil: nobody is asked for an approval
+	keeping     *keeping          // nil: checkpoints are kept nowhere else
+	siem        siem.Config       // where events are pushed
+	retention   retentionConfig   // how long erasable texts are kept
 	export      exportConfig
 	vaultAudit  *vaultAuditConfig // nil: Vault's audit log is not followed
 	metrics     string            // address where metrics are served; empty: nowhere
@@ -359,7 +360,10 @@ func writers(o *peopleOptions) (list []auth.Principal) {
 			list = append(list, auth.Principal{Name: t.Name, Role: t.Role, Method: "token"})
 		}
 	}
-	for _, c := range o.certs {
+	if o.certs == nil {
+		return list
+	}
+	for _, c := range o.certs.Certs {
 		list = append(list, auth.Principal{Name: c.Name, Role: auth.Writer, Method: "mtls"})
 	}
 	return list

@@ -1,12 +1,14 @@
 package main
 
 import (
-	"crypto/tls"
 	"errors"
 	"fmt"
 	"strings"
 
+	"go.uber.org/zap"
+
 	"github.com/countersign-dev/countersign/store/inflight"
+	"github.com/countersign-dev/countersign/store/trust"
 )
 
 // redisConfig says where brokers keep what is under way: in one server
@@ -96,18 +98,12 @@ func (c *redisConfig) options() (o inflight.Options, err error) {
 	if c.TLS == nil {
 		return o, nil
 	}
-	o.TLS = &tls.Config{MinVersion: tls.VersionTLS12}
-	if c.TLS.CA != "" {
-		if o.TLS.RootCAs, err = certPool(c.TLS.CA); err != nil {
-			return o, fmt.Errorf("redis.tls.ca: %w", err)
-		}
+	// Read at start: a Redis whose certificates change is turned to anew by a
+	// restart of the broker.
+	t, err := trust.Open(trust.Files{CA: c.TLS.CA, Cert: c.TLS.Cert, Key: c.TLS.Key}, zap.NewNop())
+	if err != nil {
+		return o, fmt.Errorf("redis.tls: %w", err)
 	}
-	if c.TLS.Cert != "" {
-		cert, err := tls.LoadX509KeyPair(c.TLS.Cert, c.TLS.Key)
-		if err != nil {
-			return o, fmt.Errorf("redis.tls: %w", err)
-		}
-		o.TLS.Certificates = []tls.Certificate{cert}
-	}
+	o.TLS = t.Client()
 	return o, nil
 }

@@ -30,6 +30,7 @@ import (
 	"github.com/countersign-dev/countersign/scopes"
 	"github.com/countersign-dev/countersign/store"
 	"github.com/countersign-dev/countersign/store/inflight"
+	"github.com/countersign-dev/countersign/store/trust"
 )
 
 func serveCommand() *cobra.Command {
@@ -57,10 +58,11 @@ func serve(ctx context.Context, c *serveConfig, log *zap.Logger) error {
 	if err != nil {
 		return err
 	}
-	tls, err := c.Listen.tls()
+	certs, tls, err := c.Listen.open(log)
 	if err != nil {
 		return err
 	}
+	o.certs = &auth.ClientCerts{Trust: certs, Role: auth.Orchestrator, Certs: c.Orchestrators.certs()}
 	m, err := openMachines(ctx, o)
 	if err != nil {
 		return err
@@ -72,7 +74,7 @@ func serve(ctx context.Context, c *serveConfig, log *zap.Logger) error {
 	}
 	access := map[string]accessListener{}
 	if c.Gateway != nil {
-		if access, err = c.Gateway.listen(); err != nil {
+		if access, err = c.Gateway.listen(log); err != nil {
 			l.Close()
 			return err
 		}
@@ -126,7 +128,7 @@ func (c *serveConfig) options(log *zap.Logger) (*machinesOptions, error) {
 		return nil, err
 	}
 	if c.Gateway != nil {
-		if o.gateway, err = c.Gateway.options(); err != nil {
+		if o.gateway, err = c.Gateway.options(log); err != nil {
 			return nil, err
 		}
 		o.proxyCA = c.Gateway.ProxyCA
@@ -136,7 +138,7 @@ func (c *serveConfig) options(log *zap.Logger) (*machinesOptions, error) {
 
 // client is a client of the recorder that c names.
 func (c *recorderConfig) client(logKey *store.LogVerifier, log *zap.Logger) (*client.Recorder, error) {
-	transport, err := c.transport()
+	transport, err := c.transport(log)
 	if err != nil {
 		return nil, err
 	}
@@ -155,25 +157,15 @@ func (c *recorderConfig) client(logKey *store.LogVerifier, log *zap.Logger) (*cl
 
 // transport is how c's recorder is reached: by its authority, with this broker's
 // certificate where it has one.
-func (c *recorderConfig) transport() (*http.Transport, error) {
+func (c *recorderConfig) transport(log *zap.Logger) (*trust.Transport, error) {
 	transport := http.DefaultTransport.(*http.Transport).Clone()
 	// Appends of a busy broker keep their connections.
 	transport.MaxIdleConnsPerHost = 64
-	transport.TLSClientConfig = &tls.Config{MinVersion: tls.VersionTLS12}
-	if c.CA != "" {
-		var err error
-		if transport.TLSClientConfig.RootCAs, err = certPool(c.CA); err != nil {
-			return nil, fmt.Errorf("recorder.ca: %w", err)
-		}
+	certs, err := trust.Open(trust.Files{CA: c.CA, Cert: c.Cert, Key: c.Key}, log.Named("tls"))
+	if err != nil {
+		return nil, fmt.Errorf("recorder: ca, cert and key: %w", err)
 	}
-	if c.Cert != "" {
-		cert, err := tls.LoadX509KeyPair(c.Cert, c.Key)
-		if err != nil {
-			return nil, fmt.Errorf("recorder.cert: %w", err)
-		}
-		transport.TLSClientConfig.Certificates = []tls.Certificate{cert}
-	}
-	return transport, nil
+	return certs.Transport(transport), nil
 }
 
 // machinesOptions are what one broker process is made of.
@@ -186,9 +178,10 @@ type machinesOptions struct {
 	scopes                         *scopes.InForce
 	logKey                         *store.LogVerifier
 	recorder                       *client.Recorder
-	tokens                         *auth.Tokens  // nil: none
-	oidc                           *auth.Issuers // nil: none
-	vault                          issuer.Config // address and login; an empty address: none
+	tokens                         *auth.Tokens      // nil: none
+	oidc                           *auth.Issuers     // nil: none
+	certs                          *auth.ClientCerts // nil: none
+	vault                          issuer.Config     // address and login; an empty address: none
 	redis                          inflight.Options
 	limits                         broker.Limits
 	firstTTL                       time.Duration
@@ -255,7 +248,7 @@ func openMachines(ctx context.Context, o *machinesOptions) (_ *machines, err err
 	m.refusals.PrivacyKey = o.privacyKey
 	m.handler = steps.New(steps.Config{
 		Broker: m.broker, Identity: m.identity, Log: o.log.Named("api"),
-		Guard: &auth.Guard{Tokens: o.tokens, OIDC: o.oidc, Refusals: m.refusals},
+		Guard: &auth.Guard{Tokens: o.tokens, OIDC: o.oidc, Certs: o.certs, Refusals: m.refusals},
 	})
 	return m, nil
 }

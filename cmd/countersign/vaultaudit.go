@@ -3,7 +3,6 @@ package main
 import (
 	"cmp"
 	"context"
-	"crypto/tls"
 	"errors"
 	"fmt"
 	"net"
@@ -18,6 +17,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/countersign-dev/countersign/store/ledger"
+	"github.com/countersign-dev/countersign/store/trust"
 	"github.com/countersign-dev/countersign/store/vaultaudit"
 )
 
@@ -76,7 +76,7 @@ func (c *vaultAuditConfig) open(l *ledger.Ledger, dir, origin, trustDomain strin
 	if c == nil {
 		return nil, nil
 	}
-	hash, err := c.hasher()
+	hash, err := c.hasher(log)
 	if err != nil {
 		return nil, fmt.Errorf("vault_audit: %w", err)
 	}
@@ -115,20 +115,18 @@ func (c *vaultAuditConfig) listen() (net.Listener, error) {
 
 // vaultClient is a client of the Vault at addr, without a token. Nothing is taken
 // from the environment.
-func vaultClient(addr, namespace, ca string) (*api.Client, error) {
+func vaultClient(addr, namespace, ca string, log *zap.Logger) (*api.Client, error) {
 	t := &http.Transport{
-		DialContext:     (&net.Dialer{Timeout: 5 * time.Second}).DialContext,
-		TLSClientConfig: &tls.Config{MinVersion: tls.VersionTLS12}, TLSHandshakeTimeout: 5 * time.Second,
-		ForceAttemptHTTP2: true, IdleConnTimeout: 90 * time.Second,
+		DialContext:         (&net.Dialer{Timeout: 5 * time.Second}).DialContext,
+		TLSHandshakeTimeout: 5 * time.Second,
+		ForceAttemptHTTP2:   true, IdleConnTimeout: 90 * time.Second,
 	}
-	if ca != "" {
-		var err error
-		if t.TLSClientConfig.RootCAs, err = certPool(ca); err != nil {
-			return nil, fmt.Errorf("ca: %w", err)
-		}
+	roots, err := trust.Open(trust.Files{CA: ca}, log)
+	if err != nil {
+		return nil, fmt.Errorf("ca: %w", err)
 	}
 	v, err := api.NewClient(&api.Config{Address: addr, Timeout: 10 * time.Second, MaxRetries: 0, HttpClient: &http.Client{
-		Transport:     t,
+		Transport:     roots.Transport(t),
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}})
 	if err != nil {
@@ -145,8 +143,8 @@ func vaultClient(addr, namespace, ca string) (*api.Client, error) {
 }
 
 // hasher asks Vault for audit hashes.
-func (c *vaultAuditConfig) hasher() (func(context.Context, string) (string, error), error) {
-	v, err := vaultClient(c.Addr, c.Namespace, c.CA)
+func (c *vaultAuditConfig) hasher(log *zap.Logger) (func(context.Context, string) (string, error), error) {
+	v, err := vaultClient(c.Addr, c.Namespace, c.CA, log)
 	if err != nil {
 		return nil, err
 	}

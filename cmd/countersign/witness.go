@@ -4,7 +4,6 @@ import (
 	"context"
 	"crypto/ed25519"
 	"crypto/rand"
-	"crypto/tls"
 	"encoding/base64"
 	"errors"
 	"fmt"
@@ -25,6 +24,7 @@ import (
 	"github.com/countersign-dev/countersign/api/server"
 	"github.com/countersign-dev/countersign/store"
 	"github.com/countersign-dev/countersign/store/ledger"
+	"github.com/countersign-dev/countersign/store/trust"
 	"github.com/countersign-dev/countersign/store/witness"
 	safe "github.com/countersign-dev/countersign/store/witness/keep"
 )
@@ -87,7 +87,7 @@ func runWitness(ctx context.Context, c *witnessConfig, log *zap.Logger) (err err
 	if err != nil {
 		return err
 	}
-	tls, err := c.Listen.tls()
+	_, tls, err := c.Listen.open(log)
 	if err != nil {
 		return err
 	}
@@ -215,13 +215,9 @@ func (c *witnessesConfig) publish(o *peopleOptions, dir string) (func(context.Co
 		Log: o.log.Named("witnesses"),
 	}
 	for i, s := range c.Servers {
-		var t *tls.Config
-		if s.CA != "" {
-			pool, err := certPool(s.CA)
-			if err != nil {
-				return nil, fmt.Errorf("witnesses.servers[%d].ca: %w", i, err)
-			}
-			t = &tls.Config{RootCAs: pool, MinVersion: tls.VersionTLS12}
+		t, err := trust.Open(trust.Files{CA: s.CA}, p.Log)
+		if err != nil {
+			return nil, fmt.Errorf("witnesses.servers[%d].ca: %w", i, err)
 		}
 		w, err := witness.NewClient(s.URL, s.Key, log, t)
 		if err != nil {
@@ -305,7 +301,7 @@ func (c *keepConfig) check() error {
 }
 
 // places reads the secrets that the section names.
-func (c *keepConfig) places() (list []safe.Place, err error) {
+func (c *keepConfig) places(log *zap.Logger) (list []safe.Place, err error) {
 	for _, f := range c.Files {
 		list = append(list, &safe.File{Path: f})
 	}
@@ -322,11 +318,9 @@ func (c *keepConfig) places() (list []safe.Place, err error) {
 			p.Security = safe.STARTTLS
 		}
 		if m.CA != "" {
-			pool, err := certPool(m.CA)
-			if err != nil {
+			if p.TLS, err = trust.Open(trust.Files{CA: m.CA}, log); err != nil {
 				return nil, fmt.Errorf("keep.mail.ca: %w", err)
 			}
-			p.TLS = &tls.Config{RootCAs: pool}
 		}
 		if m.Password != "" {
 			if p.Password, err = readSecret(m.Password); err != nil {
@@ -349,8 +343,8 @@ type keeping struct {
 }
 
 // open reads what the section names; dir is the recorder's own.
-func (c *keepConfig) open(dir string) (*keeping, error) {
-	places, err := c.places()
+func (c *keepConfig) open(dir string, log *zap.Logger) (*keeping, error) {
+	places, err := c.places(log)
 	if err != nil {
 		return nil, err
 	}

@@ -110,7 +110,7 @@ func TestARecorderPublishesUnderItsWitnesssCosignatureAndVerifiesAsBefore(t *tes
 	}
 	defer p.close()
 	files := filepath.Join(w.dir, "kept")
-	k, err := (&keepConfig{Files: []string{files}}).open(w.o.ledger.Dir)
+	k, err := (&keepConfig{Files: []string{files}}).open(w.o.ledger.Dir, zap.NewNop())
 	if err != nil {
 		t.Fatal(err)
 	}

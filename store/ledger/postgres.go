@@ -26,6 +26,7 @@ import (
 // loses the lock and the means to write with it, and no session is ever opened
 // again in its place (ErrLost).
 type postgres struct {
+	dsn    string
 	config *pgx.ConnConfig
 	schema string
 	log    *zap.Logger
@@ -49,7 +50,7 @@ func newPostgres(dsn string, log *zap.Logger) (*postgres, error) {
 	if err != nil {
 		return nil, fmt.Errorf("the ledger's connection string: %w", err)
 	}
-	p := &postgres{config: c, schema: cmp.Or(c.RuntimeParams["search_path"], "countersign"), log: log}
+	p := &postgres{dsn: dsn, config: c, schema: cmp.Or(c.RuntimeParams["search_path"], "countersign"), log: log}
 	if !schemaName.MatchString(p.schema) {
 		return nil, fmt.Errorf("search_path %q of the ledger's connection string: want one schema, in small letters, digits and _", p.schema)
 	}
@@ -77,8 +78,23 @@ func newPostgres(dsn string, log *zap.Logger) (*postgres, error) {
 	return p, nil
 }
 
+// connect opens a pool of sessions. The files of certificates that the connection
+// string names are read anew for each of them, so that renewed ones count; ones
+// that cannot be read leave those before in force.
+func (p *postgres) connect(c *pgx.ConnConfig) *sql.DB {
+	return stdlib.OpenDB(*c, stdlib.OptionBeforeConnect(func(_ context.Context, to *pgx.ConnConfig) error {
+		now, err := pgx.ParseConfig(p.dsn)
+		if err != nil {
+			p.log.Error("the certificates of the ledger's connection string are not read again, the old stay in force", zap.Error(err))
+			return nil
+		}
+		to.TLSConfig, to.Fallbacks = now.TLSConfig, now.Fallbacks
+		return nil
+	}))
+}
+
 func (p *postgres) open() (w, r *sql.DB, err error) {
-	w = stdlib.OpenDB(*p.config)
+	w = p.connect(p.config)
 	w.SetMaxOpenConns(1)
 	return w, p.openReader(8), nil
 }
@@ -88,7 +104,7 @@ func (p *postgres) openReader(conns int) *sql.DB {
 	c := p.config.Copy()
 	c.RuntimeParams["default_transaction_read_only"] = "on"
 	c.RuntimeParams["default_transaction_isolation"] = "repeatable read" // as SQLite reads
-	r := stdlib.OpenDB(*c)
+	r := p.connect(c)
 	r.SetMaxOpenConns(conns)
 	r.SetMaxIdleConns(conns)
 	return r
@@ -523,7 +539,7 @@ func InitPostgres(ctx context.Context, dsn, role string) error {
 	if err != nil {
 		return err
 	}
-	db := stdlib.OpenDB(*p.config)
+	db := p.connect(p.config)
 	defer db.Close()
 	c, err := db.Conn(ctx)
 	if err != nil {

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"go.uber.org/zap"
 	"io"
 	"net/http"
 	"os"
@@ -14,6 +15,8 @@ import (
 	"time"
 
 	"golang.org/x/net/http/httpguts"
+
+	"github.com/countersign-dev/countersign/store/trust"
 )
 
 // httpSender POSTs JSON lines. A status of 2xx is what takes a batch.
@@ -22,16 +25,14 @@ type httpSender struct {
 	client *http.Client
 }
 
-func newHTTP(c *HTTPConfig) (*httpSender, error) {
+func newHTTP(c *HTTPConfig, log *zap.Logger) (*httpSender, error) {
 	s := &httpSender{c: c}
-	t, err := tlsConfig(c.CA, "", "")
+	t, err := trust.Open(trust.Files{CA: c.CA}, log)
 	if err != nil {
 		return nil, err
 	}
-	tr := http.DefaultTransport.(*http.Transport).Clone()
-	tr.TLSClientConfig = t
 	s.client = &http.Client{
-		Transport: tr,
+		Transport: t.Transport(http.DefaultTransport.(*http.Transport).Clone()),
 		// A redirect would carry events where the configuration does not say.
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}

@@ -138,10 +138,10 @@ func Open(_ context.Context, c Config, src Source, o Options) (*Pusher, error) {
 		l.product.IncludeTexts = d.Texts
 		var err error
 		if d.HTTP != nil {
-			l.to, err = newHTTP(d.HTTP)
+			l.to, err = newHTTP(d.HTTP, o.Log)
 		} else {
 			l.product.MaxBytes = d.Syslog.maxBytes()
-			l.to, err = newSyslog(d.Syslog)
+			l.to, err = newSyslog(d.Syslog, o.Log)
 		}
 		if err == nil {
 			err = l.start()

@@ -6,6 +6,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"go.uber.org/zap"
 	"io"
 	"net"
 	"os"
@@ -16,6 +17,7 @@ import (
 	"time"
 
 	"github.com/countersign-dev/countersign/store"
+	"github.com/countersign-dev/countersign/store/trust"
 )
 
 // syslogSender sends RFC 5424 messages, framed by octet counting (RFC 6587,
@@ -31,10 +33,11 @@ import (
 // messages, not that it has stored them; nothing in the protocol could.
 type syslogSender struct {
 	c     *SyslogConfig
-	tls   *tls.Config // nil: plain
-	host  string      // HOSTNAME of messages
-	sd    string      // SD-ID
-	pri   int         // facility times 8
+	tls   *trust.Trust // nil: plain
+	name  string       // whose certificate the receiver shows
+	host  string       // HOSTNAME of messages
+	sd    string       // SD-ID
+	pri   int          // facility times 8
 	pause time.Duration
 
 	raw   *net.TCPConn // nil: no connection
@@ -51,7 +54,7 @@ func (c *SyslogConfig) maxBytes() int {
 	return c.MaxBytes
 }
 
-func newSyslog(c *SyslogConfig) (*syslogSender, error) {
+func newSyslog(c *SyslogConfig, log *zap.Logger) (*syslogSender, error) {
 	s := &syslogSender{c: c, host: "-", pri: 13 * 8, sd: "countersign@32473", pause: 200 * time.Millisecond}
 	if c.Facility != nil {
 		s.pri = *c.Facility * 8
@@ -64,11 +67,11 @@ func newSyslog(c *SyslogConfig) (*syslogSender, error) {
 	}
 	if t := c.TLS; t != nil {
 		var err error
-		if s.tls, err = tlsConfig(t.CA, t.Cert, t.Key); err != nil {
+		if s.tls, err = trust.Open(trust.Files{CA: t.CA, Cert: t.Cert, Key: t.Key}, log); err != nil {
 			return nil, fmt.Errorf("syslog.tls: %w", err)
 		}
-		if s.tls.ServerName = t.ServerName; s.tls.ServerName == "" {
-			s.tls.ServerName, _, _ = net.SplitHostPort(c.Addr)
+		if s.name = t.ServerName; s.name == "" {
+			s.name, _, _ = net.SplitHostPort(c.Addr)
 		}
 	}
 	return s, nil
@@ -85,7 +88,9 @@ func (s *syslogSender) dial(ctx context.Context) error {
 	s.raw = c.(*net.TCPConn)
 	s.conn = c
 	if s.tls != nil {
-		t := tls.Client(c, s.tls)
+		conf := s.tls.Client()
+		conf.ServerName = s.name
+		t := tls.Client(c, conf)
 		if err := t.HandshakeContext(ctx); err != nil {
 			c.Close()
 			s.raw, s.conn = nil, nil

@@ -3,7 +3,6 @@ package witness
 import (
 	"bytes"
 	"context"
-	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -13,6 +12,7 @@ import (
 
 	"filippo.io/torchwood"
 	"github.com/countersign-dev/countersign/store"
+	"github.com/countersign-dev/countersign/store/trust"
 	"github.com/go-json-experiment/json"
 	"golang.org/x/mod/sumdb/note"
 	"golang.org/x/mod/sumdb/tlog"
@@ -36,15 +36,13 @@ type Client struct {
 // NewClient takes the witness's submission prefix and verifier key, the key of
 // the log that it is asked about, and how to trust the witness's certificate:
 // nil is the machine's roots.
-func NewClient(url, key string, log *store.LogVerifier, t *tls.Config) (*Client, error) {
+func NewClient(url, key string, log *store.LogVerifier, t *trust.Trust) (*Client, error) {
 	v, err := torchwood.NewCosignatureVerifier(key)
 	if err != nil {
 		return nil, fmt.Errorf("witness key %q: %w", key, err)
 	}
-	transport := http.DefaultTransport.(*http.Transport).Clone()
-	transport.TLSClientConfig = t
 	return &Client{url: strings.TrimSuffix(url, "/"), v: v, log: log, http: &http.Client{
-		Transport: transport,
+		Transport: t.Transport(http.DefaultTransport.(*http.Transport).Clone()),
 		// The witness that was named is asked, and no other.
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}}, nil

@@ -20,6 +20,8 @@ import (
 	"github.com/countersign-dev/countersign/broker/gateway/masking"
 	"github.com/countersign-dev/countersign/issuer"
 	"github.com/countersign-dev/countersign/store"
+	"github.com/countersign-dev/countersign/store/trust"
+	"github.com/countersign-dev/countersign/store/trust/trusttest"
 )
 
 // recorder keeps what it is given, as the recorder would take it.
@@ -235,11 +237,11 @@ func newPath(t testing.TB, target http.Handler, access *store.Access, o option) 
 		target.ServeHTTP(w, r)
 	}))
 	name := "http://target.internal"
-	pool := x509.NewCertPool()
+	var targets *trust.Trust
 	if o.tls {
 		p.target.EnableHTTP2 = true
 		p.target.StartTLS()
-		pool.AddCert(p.target.Certificate())
+		targets = trusttest.Trust(t, p.target.Certificate())
 		name = "https://example.com" // what httptest's certificate is for
 	} else {
 		p.target.Start()
@@ -248,7 +250,7 @@ func newPath(t testing.TB, target http.Handler, access *store.Access, o option) 
 	p.front = httptest.NewUnstartedServer(nil)
 	p.url = "http://" + p.front.Listener.Addr().String()
 	cc := gateway.Config{Recorder: p.rec, TrustDomain: "countersign.test", Addresses: map[string]string{store.ProtocolHTTP: p.url, store.ProtocolMCP: p.url},
-		Upstreams: map[string]string{host: p.target.Listener.Addr().String()}, RootCAs: pool}
+		Upstreams: map[string]string{host: p.target.Listener.Addr().String()}, Targets: targets}
 	if o.core != nil {
 		o.core(&cc)
 	}

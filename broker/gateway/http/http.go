@@ -22,6 +22,7 @@ import (
 
 	"github.com/countersign-dev/countersign/broker/gateway"
 	"github.com/countersign-dev/countersign/store"
+	"github.com/countersign-dev/countersign/store/trust"
 )
 
 // MaxMasked is how long a body may be that is masked as a whole, in bytes.
@@ -45,7 +46,7 @@ type Config struct {
 type Gateway struct {
 	cfg       Config
 	self      *url.URL // Config.URL
-	transport *http.Transport
+	transport *trust.Transport
 	ca        *authority   // nil: no forward proxy
 	inner     *http.Server // of tunnels
 

@@ -2,7 +2,6 @@ package http
 
 import (
 	"context"
-	"crypto/tls"
 	"errors"
 	"net/http"
 	"net/url"
@@ -13,6 +12,7 @@ import (
 	"github.com/countersign-dev/countersign/broker/gateway/inject"
 	"github.com/countersign-dev/countersign/broker/gateway/masking"
 	"github.com/countersign-dev/countersign/store"
+	"github.com/countersign-dev/countersign/store/trust"
 )
 
 // view is what a session's rules mean here.
@@ -70,10 +70,9 @@ func (g *Gateway) view(sess *gateway.Session) (*view, error) {
 // newTransport reaches targets by the gateway's Dial, and never through a proxy
 // of the environment. Connections are shared by the
 // sessions of a target; whom a request is from is said by each request itself.
-func (g *Gateway) newTransport() *http.Transport {
-	return &http.Transport{
+func (g *Gateway) newTransport() *trust.Transport {
+	return g.cfg.Gateway.Targets.Transport(&http.Transport{
 		DialContext:            g.cfg.Gateway.Dial,
-		TLSClientConfig:        &tls.Config{RootCAs: g.cfg.Gateway.RootCAs, MinVersion: tls.VersionTLS12},
 		ForceAttemptHTTP2:      true,
 		DisableCompression:     true,
 		MaxResponseHeaderBytes: 64 << 10,
@@ -81,5 +80,5 @@ func (g *Gateway) newTransport() *http.Transport {
 		IdleConnTimeout:        90 * time.Second,
 		TLSHandshakeTimeout:    10 * time.Second,
 		WriteBufferSize:        16 << 10,
-	}
+	})
 }

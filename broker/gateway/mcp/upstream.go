@@ -29,15 +29,14 @@ import (
 // of the environment, and to no other place that an answer names.
 func newClient(g *gateway.Gateway) *http.Client {
 	return &http.Client{
-		Transport: &http.Transport{
+		Transport: g.Targets.Transport(&http.Transport{
 			DialContext:            g.Dial,
-			TLSClientConfig:        &tls.Config{RootCAs: g.RootCAs, MinVersion: tls.VersionTLS12},
 			ForceAttemptHTTP2:      true,
 			DisableCompression:     true,
 			MaxResponseHeaderBytes: 64 << 10,
 			MaxIdleConnsPerHost:    16,
 			IdleConnTimeout:        90 * time.Second,
-		},
+		}),
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}
 }

@@ -19,6 +19,7 @@ import (
 	"go.uber.org/zap/zaptest/observer"
 
 	"github.com/countersign-dev/countersign/store"
+	"github.com/countersign-dev/countersign/store/trust/trusttest"
 )
 
 // wire is a client that speaks the protocol message by message.
@@ -600,7 +601,7 @@ func TestTheTargetsCertificateIsVerified(t *testing.T) {
 	if p.tap.reached("step") {
 		t.Error("the log-in went on without TLS")
 	}
-	p.sess.RootCAs = targetRoots
+	p.sess.Targets = trusttest.Trust(t, targetRoots)
 	conn := p.connect("")
 	var on bool
 	if err := conn.QueryRow(t.Context(), "select $1::bool", true).Scan(&on); err != nil || !on {
@@ -616,7 +617,7 @@ func TestTheTargetsCertificateIsVerified(t *testing.T) {
 }
 
 func TestClientsUseTLSAndTheTokenIsNotTakenInTheClearFromElsewhere(t *testing.T) {
-	cert, pool, err := authority("gateway.test")
+	cert, ca, err := authority("gateway.test")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -625,7 +626,8 @@ func TestClientsUseTLSAndTheTokenIsNotTakenInTheClearFromElsewhere(t *testing.T)
 	if err != nil {
 		t.Fatal(err)
 	}
-	cfg.TLSConfig = &tls.Config{RootCAs: pool, ServerName: "gateway.test"}
+	cfg.TLSConfig = trusttest.Trust(t, ca).Client()
+	cfg.TLSConfig.ServerName = "gateway.test"
 	conn, err := pgx.ConnectConfig(t.Context(), cfg)
 	if err != nil {
 		t.Fatal(err)

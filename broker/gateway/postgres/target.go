@@ -2,7 +2,6 @@ package postgres
 
 import (
 	"context"
-	"crypto/tls"
 	"errors"
 	"fmt"
 	"net"
@@ -57,7 +56,8 @@ func dial(ctx context.Context, g *gateway.Gateway, s *gateway.Session, settings 
 	if access.TLS == "off" {
 		cfg.RequireAuth = "!password" // which would pass the network in the clear
 	} else {
-		cfg.TLSConfig = &tls.Config{ServerName: host, RootCAs: g.RootCAs, MinVersion: tls.VersionTLS12}
+		cfg.TLSConfig = g.Targets.Client()
+		cfg.TLSConfig.ServerName = host
 	}
 	// What the guard reads is what the target reads: the same encoding, the same
 	// strings, the same tables behind a name.

@@ -24,12 +24,15 @@ import (
 	"time"
 
 	"filippo.io/torchwood"
-	"github.com/countersign-dev/countersign/approvals/slack/slacktest"
-	"github.com/countersign-dev/countersign/store"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zaptest/observer"
 	"golang.org/x/mod/sumdb/note"
 	"golang.org/x/mod/sumdb/tlog"
+
+	"github.com/countersign-dev/countersign/approvals/slack/slacktest"
+	"github.com/countersign-dev/countersign/store"
+	"github.com/countersign-dev/countersign/store/trust"
+	"github.com/countersign-dev/countersign/store/trust/trusttest"
 )
 
 const origin = "log.example.test/ledger"
@@ -269,7 +272,7 @@ type mailed struct {
 	secure     bool
 }
 
-func newSMTP(t *testing.T, s *smtpServer) (*smtpServer, *tls.Config) {
+func newSMTP(t *testing.T, s *smtpServer) (*smtpServer, *trust.Trust) {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -285,8 +288,6 @@ func newSMTP(t *testing.T, s *smtpServer) (*smtpServer, *tls.Config) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	pool := x509.NewCertPool()
-	pool.AddCert(parsed)
 	s.t, s.tls = t, &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}}}
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -303,7 +304,7 @@ func newSMTP(t *testing.T, s *smtpServer) (*smtpServer, *tls.Config) {
 			go s.serve(c)
 		}
 	}()
-	return s, &tls.Config{RootCAs: pool}
+	return s, trusttest.Trust(t, parsed)
 }
 
 func (s *smtpServer) serve(conn net.Conn) {
@@ -427,7 +428,7 @@ func TestAMailCarriesTheCheckpointAsItStands(t *testing.T) {
 
 func TestNoMailGoesInTheClear(t *testing.T) {
 	c, _ := signed(t, 7)
-	base := func(s *smtpServer, roots *tls.Config) *Mail {
+	base := func(s *smtpServer, roots *trust.Trust) *Mail {
 		return &Mail{Addr: s.addr, Security: STARTTLS, TLS: roots, Username: "recorder", Password: "hunter2",
 			From: "recorder@example.test", To: []string{"audit@example.test"}}
 	}

@@ -20,6 +20,8 @@ import (
 
 	"github.com/google/uuid"
 	slackgo "github.com/slack-go/slack"
+
+	"github.com/countersign-dev/countersign/store/trust"
 )
 
 // File appends checkpoints to a file, each after a line with its date.
@@ -114,10 +116,10 @@ const (
 // Mail sends checkpoints by SMTP (RFC 5321). All fields without a remark must
 // be set.
 type Mail struct {
-	Addr     string      // HOST:PORT of the server
-	Security string      // STARTTLS, ImplicitTLS or NoTLS
-	TLS      *tls.Config // nil: the machine's roots
-	Username string      // empty: no login
+	Addr     string       // HOST:PORT of the server
+	Security string       // STARTTLS, ImplicitTLS or NoTLS
+	TLS      *trust.Trust // nil: the machine's roots
+	Username string       // empty: no login
 	Password string
 	From     string // addresses (RFC 5322)
 	To       []string
@@ -162,14 +164,8 @@ func (m *Mail) Keep(ctx context.Context, c Checkpoint) error {
 	}
 	from, _ := mail.ParseAddress(m.From)
 	host, _, _ := net.SplitHostPort(m.Addr)
-	t := &tls.Config{}
-	if m.TLS != nil {
-		t = m.TLS.Clone()
-	}
-	t.MinVersion = tls.VersionTLS12
-	if t.ServerName == "" {
-		t.ServerName = host
-	}
+	t := m.TLS.Client()
+	t.ServerName = host
 	conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", m.Addr)
 	if err != nil {
 		return err
