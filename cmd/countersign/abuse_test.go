@@ -26,6 +26,7 @@ import (
 	"testing"
 	"time"
 
+	"go.uber.org/zap"
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
 
@@ -33,6 +34,7 @@ import (
 	"github.com/countersign-dev/countersign/issuer/vaulttest"
 	"github.com/countersign-dev/countersign/scopes"
 	"github.com/countersign-dev/countersign/store"
+	"github.com/countersign-dev/countersign/store/trust"
 )
 
 var (
@@ -90,9 +92,10 @@ func startAbused(t *testing.T, vault *vaulttest.Server, dsn string) *abused {
 	a.sessions()
 
 	p.certificates()
-	pool, err := certPool(p.file("ca.pem"))
+	roots, err := trust.Open(trust.Files{CA: p.file("ca.pem")}, zap.NewNop())
 	must(t, err)
-	a.tls = &tls.Config{RootCAs: pool, ServerName: "127.0.0.1"}
+	a.tls = roots.Client()
+	a.tls.ServerName = "127.0.0.1"
 	p.cli("key", "generate", "log", "--name", "abuse.example/log", "--out", p.file("log.key"))
 	p.cli("key", "generate", "witness", "--name", "abuse.example/w", "--out", p.file("witness.key"))
 	p.cli("key", "generate", "privacy", "--out", p.file("privacy.key"))

@@ -16,8 +16,8 @@ import (
 	"syscall"
 
 	slackgo "github.com/slack-go/slack"
-	"golang.org/x/mod/sumdb/note"
 	"go.uber.org/zap"
+	"golang.org/x/mod/sumdb/note"
 
 	"github.com/countersign-dev/countersign/api/auth"
 	"github.com/countersign-dev/countersign/scopes"
