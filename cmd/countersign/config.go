@@ -43,7 +43,7 @@ type serveConfig struct {
 	Limits        broker.Limits  `yaml:"limits"`        // how much callers may use; see operations.md
 	Orchestrators callersConfig  `yaml:"orchestrators"` // who may ask
 	FirstTTL      time.Duration  `yaml:"first_ttl"`     // of a child token until its issuance is on record; also the grace for abandoned intents; 1s to 60s; 60s by default
-	Drain         time.Duration  `yaml:"drain"`         // how long SIGTERM waits for calls under way; 10s by default
+	Drain         time.Duration  `yaml:"drain"`         // how long SIGTERM waits for calls under way, and what is open at the gateway; 10s by default
 
 	Gateway *gatewayConfig `yaml:"gateway"` // the access path; none: scopes that it delivers are refused (`delivery-unsupported`)
 }
