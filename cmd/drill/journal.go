@@ -104,10 +104,10 @@ func (j *journal) print(out io.Writer) error {
 		add(key{"all", ""}, w)
 	}
 	t := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(t, "fault\tpart\tcalls\tissued\tfailed\tlongest stall\twell again\tlost\tdoubled")
+	fmt.Fprintln(t, "fault\tpart\tcalls\tissued\tlongest stall\twell again\tlost\tdoubled\tfailed")
 	for _, k := range order {
 		w := sum[k]
-		fmt.Fprintf(t, "%s\t%s\t%d\t%d\t%s\t%.1f s\t%.1f s\t%d\t%d\n", k.fault, k.part, w.calls, w.credentials, problems(w.failed), w.stall.Seconds(), w.healed.Seconds(), w.lost, w.doubled)
+		fmt.Fprintf(t, "%s\t%s\t%d\t%d\t%.1f s\t%.1f s\t%d\t%d\t%s\n", k.fault, k.part, w.calls, w.credentials, w.stall.Seconds(), w.healed.Seconds(), w.lost, w.doubled, problems(w.failed))
 	}
 	return t.Flush()
 }

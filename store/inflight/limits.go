@@ -46,6 +46,10 @@ func (p prefixed) EvalSha(ctx context.Context, sha string, keys []string, args .
 	return p.UniversalClient.EvalSha(ctx, sha, p.keys(keys), args...)
 }
 
+func (p prefixed) Del(ctx context.Context, keys ...string) *redis.IntCmd {
+	return p.UniversalClient.Del(ctx, p.keys(keys)...)
+}
+
 // Charge counts one thing that happens against the rate of bucket (GCRA, by the
 // server's clock). What is refused counts for nothing. since is what Since said:
 // what was used before that is not known, so that a rate starts used up.
@@ -55,12 +59,23 @@ func (s *Store) Charge(ctx context.Context, bucket string, r Rate, since time.Ti
 	err := s.call(ctx, "charge a rate", func(ctx context.Context) error {
 		// For as long as a bucket that was used up then would take to fill: a full
 		// one was lost with what Redis held, and is emptied.
-		if time.Since(since) < r.Per*time.Duration(r.Burst)/time.Duration(r.N) {
+		full := r.Per * time.Duration(r.Burst) / time.Duration(r.N)
+		if time.Since(since) < full {
 			if _, err := s.rates.AllowN(ctx, bucket, limit, r.Burst); err != nil {
 				return err
 			}
 		}
 		x, err := s.rates.Allow(ctx, bucket, limit)
+		// More than all is used up where Redis's clock was set back, or the limit
+		// made smaller. As much as there is, is.
+		if err == nil && x.Allowed == 0 && x.ResetAfter > full+time.Second {
+			if err = s.rates.Reset(ctx, bucket); err == nil {
+				_, err = s.rates.AllowN(ctx, bucket, limit, r.Burst)
+			}
+			if err == nil {
+				x, err = s.rates.Allow(ctx, bucket, limit)
+			}
+		}
 		if err != nil {
 			return err
 		}

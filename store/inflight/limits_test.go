@@ -52,6 +52,26 @@ func TestAfterRedisWasEmptiedARateStartsUsedUp(t *testing.T) {
 	})
 }
 
+func TestWhereRedissClockWasSetBackARateIsUsedUpAndNoMore(t *testing.T) {
+	both(t, func(t *testing.T, s *inflight.Store) {
+		// A bucket that is used up for an hour, as one of a minute is by a clock
+		// that is set back by an hour.
+		hour := inflight.Rate{N: 1, Burst: 1, Per: time.Hour}
+		if c, err := s.Charge(t.Context(), "ci", hour, long); err != nil || !c.Allowed {
+			t.Fatalf("the first call: %+v, %v", c, err)
+		}
+		minute := inflight.Rate{N: 2, Burst: 2, Per: time.Minute}
+		c, err := s.Charge(t.Context(), "ci", minute, long)
+		check(t, err)
+		if c.Allowed || c.Retry > 30*time.Second || c.Reset > time.Minute {
+			t.Errorf("%+v", c)
+		}
+		if c, err = s.Charge(t.Context(), "ci", minute, long); err != nil || c.Allowed || c.Retry > 30*time.Second {
+			t.Errorf("the next: %+v, %v", c, err)
+		}
+	})
+}
+
 func TestASetTakesAsManyAsItMayHowManyAskAtOnce(t *testing.T) {
 	both(t, func(t *testing.T, s *inflight.Store) {
 		var taken atomic.Int64
