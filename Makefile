@@ -120,7 +120,7 @@ endef
 compiler:
 	$(call have,cc=gcc+libc6-dev)
 
-# redis-server and PostgreSQL for the tests and the demo; curl for the commands
-# of the README. initdb is looked for off PATH, too: see PGBIN.
+# redis-server and PostgreSQL for the tests and the demo; promtool for the alert
+# rules; curl for the commands of the README. initdb is looked for off PATH, too: see PGBIN.
 servers: compiler
-	$(call have,redis-server=redis-server initdb=postgresql psql=postgresql-client curl=curl $(ALSO))
+	$(call have,redis-server=redis-server initdb=postgresql psql=postgresql-client curl=curl promtool=prometheus $(ALSO))

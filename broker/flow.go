@@ -296,7 +296,7 @@ func (b *Broker) mint(caller, ctx context.Context, p *plan, m mint) (reply *Repl
 	if p.verdict.Grant.Delivery == scopes.Gateway {
 		// A crash from here on takes the session with it; the credential is revoked
 		// when this broker is back.
-		if given, err = b.session(p, m, minted); err != nil {
+		if given, err = b.session(ctx, p, m, minted); err != nil {
 			b.undelivered(request, m.intent)
 			return nil, err
 		}

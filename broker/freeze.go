@@ -49,7 +49,7 @@ func (x *index) stop(t *tracked, f *store.Freeze) {
 	if !t.minting && !(t.live && !irrevocable(t)) || !f.Covers(t.story.Orchestrator, t.story.Run, t.story.Step, t.story.Action) {
 		return
 	}
-	t.condemned, t.frozen = store.CauseFrozen, true
+	t.condemned, t.condemnedAt, t.frozen = store.CauseFrozen, x.now(), true
 	x.ended(t.intent)
 	x.stopped(t.story.Request)
 	x.wake(t.story.Request)

@@ -32,8 +32,9 @@ type tracked struct {
 	gone     bool                // closed; kept until the follower has passed it
 	forget   time.Time           // when a closed, keyed request is forgotten
 
-	condemned string // why a live credential is to end before its time
-	frozen    bool   // a freeze condemned it
+	condemned   string    // why a live credential is to end before its time
+	condemnedAt time.Time // since when, by this broker's clock
+	frozen      bool      // a freeze condemned it
 
 	pending *store.Pending // what people were asked, nil where they were not; never changed in place
 	drawn   string         // the request whose standing approval this one draws on
@@ -84,6 +85,7 @@ type index struct {
 	// ended is told of each intent whose credential is no more, or is to end; it
 	// is called with mu held, may be called again, and must not call the index.
 	ended func(intent string)
+	now   func() time.Time
 }
 
 // freed is a place (see places) that a request has no more.
@@ -149,7 +151,7 @@ func newIndex() *index {
 	return &index{requests: map[string]*tracked{}, steps: map[stepKey]map[string]bool{},
 		serials: map[string]string{}, joins: map[string]string{}, standing: map[string]bool{}, own: map[int64]bool{}, waiting: map[string]map[*waiter]bool{}, cursor: -1, ready: make(chan struct{}),
 		freezes: map[string]*store.Freeze{}, frozen: map[string]bool{}, froze: make(chan struct{}, 1),
-		ended: func(string) {}}
+		ended: func(string) {}, now: time.Now}
 }
 
 // apply takes entries into the index, in the order of the log. Entries that
@@ -607,7 +609,7 @@ func (x *index) condemn(id, cause string) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	if t := x.requests[id]; t != nil && (t.live || t.minting) && t.condemned == "" {
-		t.condemned = cause
+		t.condemned, t.condemnedAt = cause, x.now()
 		x.ended(t.intent)
 	}
 }

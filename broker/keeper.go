@@ -56,6 +56,7 @@ func New(cfg Config) (*Broker, error) {
 	b := &Broker{Config: cfg, index: newIndex(), calls: newCalls(), draining: make(chan struct{}), tries: map[string]try{}, unrevoked: newUnrevoked()}
 	b.ctx, b.cancel = context.WithCancel(context.Background())
 	b.closings.append, b.closings.ctx = b.append, b.ctx
+	b.index.now = cfg.Now
 	if cfg.Gateway != nil {
 		b.index.ended = cfg.Gateway.End
 		cfg.Gateway.OnAsk(b.askFor)

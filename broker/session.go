@@ -36,7 +36,7 @@ func (b *Broker) reaches(g store.Grant) error {
 
 // session opens the session of what was minted, and returns what the step is
 // told instead of the secret.
-func (b *Broker) session(p *plan, m mint, minted *issuer.Minted) (*issuer.Credential, error) {
+func (b *Broker) session(ctx context.Context, p *plan, m mint, minted *issuer.Minted) (*issuer.Credential, error) {
 	if b.Gateway == nil {
 		return nil, fmt.Errorf("%w: %w", ErrMint, gateway.ErrNoGateway)
 	}
@@ -46,6 +46,7 @@ func (b *Broker) session(p *plan, m mint, minted *issuer.Minted) (*issuer.Creden
 	_, token, err := b.Gateway.Open(gateway.Params{
 		Story: &story, Owners: p.caller.Owners, Subject: p.ask.Subject, Proved: p.ask.Proved,
 		Intent: m.intent, Grant: grant, Secret: minted.Credential, Expires: minted.Issued.Expires.Time,
+		Opened: context.WithoutCancel(ctx),
 	})
 	if errors.Is(err, gateway.ErrFull) {
 		return nil, err

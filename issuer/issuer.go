@@ -39,6 +39,14 @@ type Config struct {
 	CallTimeout time.Duration      // of one call to Vault; 10 s by default
 	Now         func() time.Time   // time.Now by default
 	Logger      *zap.Logger        // nothing is logged by default
+
+	// Transport, where set, gives what carries calls to Vault, made of what would
+	// carry them without it.
+	Transport func(http.RoundTripper) http.RoundTripper
+	// Minting, where set, is told when a mint that is warranted begins, of which
+	// scope and for which request. The mint goes on in the context that it returns,
+	// and calls done, which may be told a nil error, at its end.
+	Minting func(ctx context.Context, scope *scopes.Scope, request string) (_ context.Context, done func(error))
 }
 
 // Issuer mints and revokes. It is safe for concurrent use, and takes no lock
@@ -114,18 +122,22 @@ func newClient(cfg Config) (*api.Client, error) {
 	if err != nil {
 		return nil, fmt.Errorf("the CA of Vault: %w", err)
 	}
+	var transport http.RoundTripper = roots.Transport(&http.Transport{
+		DialContext:         (&net.Dialer{Timeout: 5 * time.Second, KeepAlive: 30 * time.Second}).DialContext,
+		TLSHandshakeTimeout: 5 * time.Second,
+		ForceAttemptHTTP2:   true,
+		// 64 steps at a time keep their connections; more open new ones.
+		MaxIdleConns: 128, MaxIdleConnsPerHost: 128, IdleConnTimeout: 90 * time.Second,
+	})
+	if cfg.Transport != nil {
+		transport = cfg.Transport(transport)
+	}
 	client, err := api.NewClient(&api.Config{
 		Address:    cfg.Addr,
 		Timeout:    cfg.CallTimeout,
 		MaxRetries: 0, // a repeated create would leave a second child behind
 		HttpClient: &http.Client{
-			Transport: roots.Transport(&http.Transport{
-				DialContext:         (&net.Dialer{Timeout: 5 * time.Second, KeepAlive: 30 * time.Second}).DialContext,
-				TLSHandshakeTimeout: 5 * time.Second,
-				ForceAttemptHTTP2:   true,
-				// 64 steps at a time keep their connections; more open new ones.
-				MaxIdleConns: 128, MaxIdleConnsPerHost: 128, IdleConnTimeout: 90 * time.Second,
-			}),
+			Transport: transport,
 			// The library follows one redirect itself (standby to active), and
 			// checks that it does not leave TLS.
 			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
@@ -171,6 +183,10 @@ func (i *Issuer) Close() error {
 	}
 	return nil
 }
+
+// LoggedIn reports whether the login to Vault holds, as far as is known without
+// asking; without a Vault it is false.
+func (i *Issuer) LoggedIn() bool { return i.keeper != nil && i.keeper.held.Load() }
 
 // Ping reports whether Vault is unsealed and the login holds. Errors wrap
 // ErrVaultUnavailable or ErrVaultRefused.

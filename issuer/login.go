@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"os"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/vault/api"
@@ -130,6 +131,7 @@ type keeper struct {
 	login  Login
 	log    *zap.Logger
 	nudge  chan struct{}
+	held   atomic.Bool // the token is taken to be good
 	cancel context.CancelFunc
 	done   chan struct{}
 }
@@ -142,6 +144,7 @@ func keepLogin(ctx context.Context, client *api.Client, login Login, log *zap.Lo
 	client.SetToken(s.Auth.ClientToken)
 	run, cancel := context.WithCancel(context.Background())
 	k := &keeper{client: client, login: login, log: log, nudge: make(chan struct{}, 1), cancel: cancel, done: make(chan struct{})}
+	k.held.Store(true)
 	go k.run(run, s)
 	return k, nil
 }
@@ -163,11 +166,13 @@ func (k *keeper) run(ctx context.Context, s *api.Secret) {
 	defer close(k.done)
 	for ctx.Err() == nil {
 		k.hold(ctx, s)
+		k.held.Store(false)
 		for wait := time.Second; ctx.Err() == nil; wait = min(2*wait, 30*time.Second) {
 			next, err := k.login.login(ctx, k.client)
 			if err == nil {
 				s = next
 				k.client.SetToken(s.Auth.ClientToken)
+				k.held.Store(true)
 				k.log.Info("logged in to Vault again", zap.Stringer("login", k.login))
 				break
 			}

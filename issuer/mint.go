@@ -28,10 +28,15 @@ const dropWithin = 5 * time.Second
 //
 // A crash in here leaves at most a child token, with what hangs on it, that
 // nobody holds: it dies by FirstTTL, and the intent is closed as abandoned.
-func (i *Issuer) Mint(ctx context.Context, w store.Warrant) (*Minted, error) {
+func (i *Issuer) Mint(ctx context.Context, w store.Warrant) (_ *Minted, err error) {
 	j, err := i.warranted(w)
 	if err != nil {
 		return nil, err
+	}
+	if i.cfg.Minting != nil {
+		var done func(error)
+		ctx, done = i.cfg.Minting(ctx, j.scope, j.Intent.Request)
+		defer func() { done(err) }()
 	}
 	if j.scope.Engine == scopes.Identity {
 		return i.mintIdentity(j)

@@ -1,5 +1,10 @@
 package store
 
+import (
+	"maps"
+	"slices"
+)
+
 // Type says what an entry records.
 type Type string
 
@@ -71,3 +76,6 @@ func (t Type) Concerns() bool {
 	}
 	return false
 }
+
+// Types returns every known type, sorted.
+func Types() []Type { return slices.Sorted(maps.Keys(writable)) }

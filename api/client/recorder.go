@@ -110,6 +110,12 @@ func NewRecorder(c RecorderConfig) (*Recorder, error) {
 	return r, nil
 }
 
+// Seen is the size of the last head that was verified.
+func (r *Recorder) Seen() int64 {
+	n, _ := r.heads.size()
+	return n
+}
+
 // Close writes the last head and ends what runs in the background.
 func (r *Recorder) Close() error {
 	r.heads.close()

@@ -191,6 +191,9 @@ func Write(w http.ResponseWriter, r *http.Request, err error) {
 	p := *Logged(r, From(err)) // a copy: the caller's may be shared
 	ctx := r.Context()
 	p.Instance = RequestID(ctx)
+	if c := called(ctx); c != nil {
+		c.sent = p.Slug()
+	}
 	log := Logger(ctx)
 	h := w.Header()
 	h.Set("Content-Type", ContentType)
@@ -236,28 +239,48 @@ func Read(status int, contentType string, body []byte) *Problem {
 	return &doc
 }
 
-type (
-	idKey  struct{}
-	logKey struct{}
-)
+type callKey struct{}
+
+// call is what is kept of one HTTP request.
+type call struct {
+	id   string
+	log  *zap.Logger
+	sent string // slug of the problem that it was answered with
+}
+
+func called(ctx context.Context) *call {
+	c, _ := ctx.Value(callKey{}).(*call)
+	return c
+}
 
 // NewContext returns ctx with the request's ID and the logger that problems of
 // this request are logged to.
 func NewContext(ctx context.Context, id string, log *zap.Logger) context.Context {
-	return context.WithValue(context.WithValue(ctx, idKey{}, id), logKey{}, log.With(zap.String("request_id", id)))
+	return context.WithValue(ctx, callKey{}, &call{id: id, log: log.With(zap.String("request_id", id))})
 }
 
 // RequestID returns the ID of the HTTP request that ctx belongs to, or "".
 func RequestID(ctx context.Context) string {
-	id, _ := ctx.Value(idKey{}).(string)
-	return id
+	if c := called(ctx); c != nil {
+		return c.id
+	}
+	return ""
+}
+
+// Sent returns the slug of the problem that the request of ctx was answered
+// with, or "". Whoever answers is to have returned.
+func Sent(ctx context.Context) string {
+	if c := called(ctx); c != nil {
+		return c.sent
+	}
+	return ""
 }
 
 // Logger returns the logger of the request that ctx belongs to; without one,
 // a logger that writes nothing.
 func Logger(ctx context.Context) *zap.Logger {
-	if l, ok := ctx.Value(logKey{}).(*zap.Logger); ok {
-		return l
+	if c := called(ctx); c != nil {
+		return c.log
 	}
 	return zap.NewNop()
 }

@@ -455,6 +455,24 @@ func (x *Exports) copy(ctx context.Context, e *export, w io.Writer, flush func()
 	}
 }
 
+// Counts are how many exports there are: under way, ready to be read, and
+// failed and not forgotten yet.
+func (x *Exports) Counts() (running, ready, failed int) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	for _, e := range x.exports {
+		switch e.state {
+		case exportRuns:
+			running++
+		case exportReady:
+			ready++
+		case exportFailed:
+			failed++
+		}
+	}
+	return running, ready, failed
+}
+
 // IDs lists the exports that there are, by their IDs.
 func (x *Exports) IDs() []string {
 	x.mu.Lock()

@@ -17,6 +17,7 @@ import (
 
 	"github.com/go-chi/chi/v5"
 	"github.com/go-chi/chi/v5/middleware"
+	"go.opentelemetry.io/otel/trace"
 	"go.uber.org/zap"
 
 	"github.com/countersign-dev/countersign/api/problem"
@@ -131,9 +132,50 @@ func identify(log *zap.Logger) func(http.Handler) http.Handler {
 				id = store.NewID()
 			}
 			w.Header().Set("X-Request-Id", id)
-			next.ServeHTTP(w, r.WithContext(problem.NewContext(r.Context(), id, log)))
+			log := log
+			if span := trace.SpanContextFromContext(r.Context()); span.HasTraceID() {
+				log = log.With(zap.Stringer("trace_id", span.TraceID()))
+			}
+			r = r.WithContext(problem.NewContext(r.Context(), id, log))
+			seen, _ := r.Context().Value(observerKey{}).(Observer)
+			if seen == nil {
+				next.ServeHTTP(w, r)
+				return
+			}
+			began := time.Now()
+			ww := middleware.NewWrapResponseWriter(w, r.ProtoMajor)
+			defer func() { // also where the answer was broken off
+				c := Call{Method: r.Method, Status: ww.Status(), Problem: problem.Sent(r.Context()), RequestID: id, Took: time.Since(began)}
+				if route := chi.RouteContext(r.Context()); route != nil {
+					c.Route = route.RoutePattern()
+				}
+				seen(r.Context(), c)
+			}()
+			next.ServeHTTP(ww, r)
 		})
 	}
+}
+
+// Call is one request that was answered.
+type Call struct {
+	Method    string
+	Route     string // the pattern that it matched, such as /requests/{id}; of few kinds. Empty: none
+	Status    int    // 0: no answer was sent
+	Problem   string // slug of the problem that it was answered with; empty: none
+	RequestID string
+	Took      time.Duration
+}
+
+// Observer is told of each request of a router once it is answered. ctx is the
+// request's.
+type Observer func(ctx context.Context, c Call)
+
+type observerKey struct{}
+
+// Observe returns a context whose requests are told to fn by the router that
+// answers them.
+func Observe(ctx context.Context, fn Observer) context.Context {
+	return context.WithValue(ctx, observerKey{}, fn)
 }
 
 // secure sets the headers of an API that is no page. A handler that serves one

@@ -51,7 +51,11 @@ type Config struct {
 	// the Guard's OIDC providers do; without any, subjects are claimed, never
 	// proved, and a token is refused.
 	Subject func(ctx context.Context, token string) (string, error)
-	Log     *zap.Logger
+	// Asked is told of each call for a credential: the scope as the caller wrote
+	// it, empty where the call was not understood, and "issued", "pending" or the
+	// slug of the problem that was answered. Nil: nobody is.
+	Asked func(ctx context.Context, scope, outcome string)
+	Log   *zap.Logger
 }
 
 // New returns the listener's handler.
@@ -254,7 +258,14 @@ func rateHeaders(h http.Header, quotas []broker.Quota) {
 // credential answers a call for a credential. What a limit refuses is on record
 // as access.refused, folded, and as nothing else.
 func (a *handlers) credential(w http.ResponseWriter, r *http.Request) error {
-	err := a.issue(w, r)
+	var what asked
+	err := a.issue(w, r, &what)
+	if a.Asked != nil {
+		if err != nil {
+			what.outcome = problem.From(toProblem(err)).Slug()
+		}
+		a.Asked(r.Context(), what.scope, what.outcome)
+	}
 	var limited *broker.Limited
 	var doc *problem.Problem
 	if errors.As(err, &limited) && errors.As(toProblem(err), &doc) {
@@ -264,8 +275,12 @@ func (a *handlers) credential(w http.ResponseWriter, r *http.Request) error {
 	return err
 }
 
-func (a *handlers) issue(w http.ResponseWriter, r *http.Request) error {
+// asked is what Config.Asked is told.
+type asked struct{ scope, outcome string }
+
+func (a *handlers) issue(w http.ResponseWriter, r *http.Request, what *asked) error {
 	ask, body, unread := readAsk(r)
+	what.scope = ask.Scope
 	quotas, err := a.Broker.Charge(r.Context(), a.who(r), ask.Scope)
 	rateHeaders(w.Header(), quotas)
 	if err != nil {
@@ -292,12 +307,14 @@ func (a *handlers) issue(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	if reply.Credential == nil {
+		what.outcome = "pending"
 		w.Header().Set("Location", "/requests/"+reply.Request)
 		w.Header().Set("Retry-After", "1")
 		return send(w, http.StatusAccepted, standing{Request: reply.Request, Status: reply.Status, Approval: waitingOf(reply.Waiting)})
 	}
 	// Also where the write fails: a call that comes after it is a retry.
 	defer reply.Answered()
+	what.outcome = "issued"
 	return send(w, http.StatusCreated, issued{
 		Request: reply.Request, Step: issuedStep{ID: reply.Step, Run: reply.Run, Identity: reply.Identity},
 		Scope: reply.Scope, Target: reply.Target, Credential: reply.Credential,

@@ -71,6 +71,18 @@ type Config struct {
 	MaxSessions int               // open at once; 0: any number
 	Now         func() time.Time  // time.Now by default
 	Log         *zap.Logger       // none by default
+	Observer    Observer          // who is told what goes on
+}
+
+// Observer is told what goes on at a gateway, by functions that may be nil and
+// are to be quick.
+type Observer struct {
+	// Using is told that n uses of s are about to go on record; done is called
+	// with what came of it.
+	Using func(ctx context.Context, s *Session, n int) (done func(error))
+	// Refused is told of what was not let through: of who showed no valid token
+	// (known is false), or of a session by a guard.
+	Refused func(protocol string, known bool)
 }
 
 // Gateway holds the sessions of one process. It is safe for concurrent use.
@@ -149,6 +161,9 @@ type Params struct {
 	Grant   store.Grant  // with Access
 	Secret  *issuer.Credential
 	Expires time.Time
+	// Opened is the context of the call that opens it, nil for none: for an
+	// Observer, who is to take nothing of it but values.
+	Opened context.Context
 }
 
 // Session is one credential's access. It is safe for concurrent use.
@@ -248,6 +263,17 @@ func (g *Gateway) Has(intent string) bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	return g.byIntent[intent] != nil
+}
+
+// Sessions are how many sessions are open, by protocol.
+func (g *Gateway) Sessions() map[string]int {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	n := map[string]int{}
+	for _, s := range g.byIntent {
+		n[s.Grant.Access.Protocol]++
+	}
+	return n
 }
 
 // Session returns the session of a token, where the token alone is enough.

@@ -47,12 +47,16 @@ type Pending struct {
 // A crash after it leaves uses without an outcome, which may or may not have
 // reached the target. Uses that went on record though Use returned an error did
 // not reach it: where that is known, their outcome is store.UseCut.
-func (s *Session) Use(ctx context.Context, uses ...Use) ([]*Pending, error) {
+func (s *Session) Use(ctx context.Context, uses ...Use) (_ []*Pending, err error) {
 	if s.ctx.Err() != nil {
 		return nil, ErrEnded
 	}
 	if len(uses) == 0 {
 		return nil, nil
+	}
+	if using := s.g.Observer.Using; using != nil {
+		done := using(ctx, s, len(uses))
+		defer func() { done(err) }()
 	}
 	if len(uses) > MaxUses {
 		return nil, fmt.Errorf("%w: %d uses at once, at most %d", ErrTooLarge, len(uses), MaxUses)
@@ -287,6 +291,9 @@ const maxRefused = 1 << 10
 // session are folded, as store/refusal does: such a refusal is on record within
 // a second, by number. The error wraps store.ErrUnavailable.
 func (s *Session) Refuse(ctx context.Context, r Refusal) error {
+	if s.g.Observer.Refused != nil {
+		s.g.Observer.Refused(s.Grant.Access.Protocol, true)
+	}
 	sub := s.submission(store.AccessRefused)
 	reason := fitting(r.Reason, maxRefused)
 	deny := store.Decision{Outcome: store.Deny, Reasons: []string{reason}}
@@ -318,6 +325,9 @@ func (s *Session) Refuse(ctx context.Context, r Refusal) error {
 // few kinds: floods are folded by it. What cannot be recorded is logged: the
 // caller is refused all the same.
 func (g *Gateway) Refused(ctx context.Context, protocol, remote, what string) {
+	if g.Observer.Refused != nil {
+		g.Observer.Refused(protocol, false)
+	}
 	what = fitting(what, maxRefused)
 	s := &store.Submission{Entry: store.Entry{
 		V: store.Version, Type: store.AccessRefused, WriterTime: store.At(g.Now()),

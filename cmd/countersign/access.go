@@ -80,12 +80,12 @@ func (m *machines) serveAccess(ctx context.Context, at map[string]accessListener
 			if err != nil {
 				return err
 			}
-			serve(x, g, g.Drain)
+			serve(x, m.o.tracing.stepped(g), g.Drain)
 		case store.ProtocolPostgres:
 			g := postgres.New(postgres.Config{Gateway: m.gateway, TLS: x.tls, Drain: drain, Log: log})
 			gate(func() error { return g.Serve(ctx, x.l) })
 		case store.ProtocolMCP:
-			serve(x, mcp.New(mcp.Config{Gateway: m.gateway, Log: log}), nil)
+			serve(x, m.o.tracing.stepped(mcp.New(mcp.Config{Gateway: m.gateway, Log: log})), nil)
 		}
 	}
 	return nil

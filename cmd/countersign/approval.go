@@ -184,6 +184,7 @@ type decisions struct {
 	server    *approve.Server
 	slack     *slack.Slack   // nil: no Slack
 	outbox    *outbox.Outbox // nil: nobody is told
+	told      []string       // the outbox's destinations
 }
 
 // openDecisions opens the pages and calls of people who decide.
@@ -279,6 +280,9 @@ func (d *decisions) openNotices(ctx context.Context, o *peopleOptions, p *people
 	}
 	if len(senders) == 0 {
 		return nil
+	}
+	for _, s := range senders {
+		d.told = append(d.told, s.Name())
 	}
 	var err error
 	if d.outbox, err = outbox.Open(ctx, outbox.Config{File: a.outbox, Source: d.approvals, Senders: senders, Log: o.log.Named("outbox")}); err != nil {

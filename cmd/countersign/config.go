@@ -45,6 +45,9 @@ type serveConfig struct {
 	FirstTTL      time.Duration  `yaml:"first_ttl"`     // of a child token until its issuance is on record; also the grace for abandoned intents; 1s to 60s; 60s by default
 	Drain         time.Duration  `yaml:"drain"`         // how long SIGTERM waits for calls under way, and what is open at the gateway; 10s by default
 
+	Metrics string         `yaml:"metrics_addr"` // host:port of a listener for Prometheus alone, to anyone who reaches it; none: no metrics
+	Tracing *tracingConfig `yaml:"tracing"`      // where OpenTelemetry traces are sent; none: nowhere
+
 	Gateway *gatewayConfig `yaml:"gateway"` // the access path; none: scopes that it delivers are refused (`delivery-unsupported`)
 }
 
@@ -77,7 +80,8 @@ type recordConfig struct {
 	Export    exportConfig     `yaml:"export"`    // evidence bundles on their way to reviewers
 
 	VaultAudit *vaultAuditConfig `yaml:"vault_audit"`  // which of Vault's audit devices is followed, see vault-audit.md; none: it is not
-	Metrics    string            `yaml:"metrics_addr"` // host:port of a listener for Prometheus alone; none: no metrics
+	Metrics    string            `yaml:"metrics_addr"` // host:port of a listener for Prometheus alone, to anyone who reaches it; none: no metrics
+	Tracing    *tracingConfig    `yaml:"tracing"`      // where OpenTelemetry traces are sent; none: nowhere
 }
 
 type listenConfig struct {
@@ -195,10 +199,23 @@ func (c *serveConfig) check() error {
 			return fmt.Errorf("%s: %w", kv[0], err)
 		}
 	}
+	if err := checkSeeing(c.Metrics, c.Tracing); err != nil {
+		return err
+	}
 	if c.Gateway != nil {
 		return c.Gateway.check()
 	}
 	return nil
+}
+
+// checkSeeing checks what lets an operator see what a process does.
+func checkSeeing(metrics string, t *tracingConfig) error {
+	if metrics != "" {
+		if err := hostPort(metrics); err != nil {
+			return fmt.Errorf("metrics_addr: %w", err)
+		}
+	}
+	return t.check()
 }
 
 func (c *recordConfig) check() error {
@@ -226,12 +243,7 @@ func (c *recordConfig) check() error {
 			return err
 		}
 	}
-	if c.Metrics != "" {
-		if err := hostPort(c.Metrics); err != nil {
-			return fmt.Errorf("metrics_addr: %w", err)
-		}
-	}
-	if err := errors.Join(c.SIEM.Check(), c.Retention.check(), c.Export.check(), c.VaultAudit.check()); err != nil {
+	if err := errors.Join(checkSeeing(c.Metrics, c.Tracing), c.SIEM.Check(), c.Retention.check(), c.Export.check(), c.VaultAudit.check()); err != nil {
 		return err
 	}
 	return due([][2]string{{"dir", c.Dir}, {"log_key", c.LogKey}, {"privacy_key", c.PrivacyKey}, {"tokens", c.Tokens}})

@@ -20,6 +20,7 @@ import (
 	"github.com/go-json-experiment/json"
 	"github.com/hashicorp/vault/api"
 	"github.com/jackc/pgx/v5"
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spf13/cobra"
 	"go.uber.org/zap"
 	"golang.org/x/sync/errgroup"
@@ -45,9 +46,9 @@ const (
 
 // devFlags are the flags of `countersign dev`.
 type devFlags struct {
-	dir, addr, vault, vaultToken, postgres, readyFile, notify string
-	tables                                                    []string
-	out                                                       io.Writer // the banner
+	dir, addr, vault, vaultToken, postgres, readyFile, notify, metrics string
+	tables                                                             []string
+	out                                                                io.Writer // the banner
 }
 
 func devCommand() *cobra.Command {
@@ -75,6 +76,7 @@ and sets up the demo's engines, policies and roles there with --vault-token.`,
 	cmd.Flags().StringVar(&f.postgres, "postgres", "", "DSN of a PostgreSQL role that may create roles: adds the scopes orders-db:*")
 	cmd.Flags().StringSliceVar(&f.tables, "tables", nil, "more tables of --postgres that orders-db:* reach through the gateway, once you GRANT them to the roles orders_read and orders_write")
 	cmd.Flags().StringVar(&f.notify, "notify", "", "YAML file with the sections slack and webhooks of a recorder's configuration, to try them out")
+	cmd.Flags().StringVar(&f.metrics, "metrics", "", "address of a listener for Prometheus, such as 127.0.0.1:9090; none: no metrics")
 	cmd.PersistentFlags().StringVar(&f.readyFile, "ready-file", "", "where to write addresses and tokens when everything answers (default DIR/dev.json)")
 	cmd.AddCommand(devShowCommand(&f))
 	return cmd
@@ -189,6 +191,19 @@ func runDev(ctx context.Context, f devFlags) error {
 			return fmt.Errorf("%s: %w", f.notify, err)
 		}
 	}
+	var machines *machineMetrics
+	if f.metrics != "" {
+		if !loopback(f.metrics) {
+			return fmt.Errorf("--metrics: %s is not of this machine alone: use 127.0.0.1", f.metrics)
+		}
+		m := newMetrics(prometheus.NewRegistry())
+		o.metrics, machines = newPeopleMetrics(m), newMachineMetrics(m)
+		stop, err := m.serve(f.metrics, log)
+		if err != nil {
+			return fmt.Errorf("--metrics: %w", err)
+		}
+		defer stop()
+	}
 	people, err := openPeople(ctx, o)
 	if err != nil {
 		return err
@@ -208,7 +223,7 @@ func runDev(ctx context.Context, f devFlags) error {
 	}
 	defer services.close()
 
-	m, err := openDevBroker(ctx, files, people, &r, vault, services.upstreams(), set, log.Named("broker"))
+	m, err := openDevBroker(ctx, files, people, &r, vault, services.upstreams(), set, machines, log.Named("broker"))
 	if err != nil {
 		return err
 	}
@@ -460,7 +475,7 @@ func openDevVault(ctx context.Context, f devFlags, set *scopes.InForce, logKey s
 // openDevBroker opens the machines' side over the people's side of the same
 // process. Between them are the same proofs and the same checks as between two
 // hosts, and no network.
-func openDevBroker(ctx context.Context, f *devFiles, p *people, r *ready, v devVault, upstreams map[string]string, set *scopes.InForce, log *zap.Logger) (*machines, error) {
+func openDevBroker(ctx context.Context, f *devFiles, p *people, r *ready, v devVault, upstreams map[string]string, set *scopes.InForce, metrics *machineMetrics, log *zap.Logger) (*machines, error) {
 	recorder, err := client.NewRecorder(client.RecorderConfig{
 		Local: record.Local{Ledger: p.ledger, Name: devWriter},
 		Log:   f.logKey, HeadFile: filepath.Join(f.dir, "broker-head"), Writer: devWriter, Logger: log.Named("recorder-client"),
@@ -470,7 +485,7 @@ func openDevBroker(ctx context.Context, f *devFiles, p *people, r *ready, v devV
 	}
 	o := &machinesOptions{
 		writer: devWriter, trustDomain: devTrustDomain, publicURL: r.API, peopleURL: r.Recorder, identityKey: f.identity,
-		privacyKey: f.privacyKey, scopes: set, logKey: f.logKey, recorder: recorder, tokens: f.tokens, log: log,
+		privacyKey: f.privacyKey, scopes: set, logKey: f.logKey, recorder: recorder, tokens: f.tokens, metrics: metrics, log: log,
 		gateway: &gateway.Config{
 			Addresses: map[string]string{store.ProtocolHTTP: r.Gateway.HTTP, store.ProtocolPostgres: r.Gateway.Postgres, store.ProtocolMCP: r.Gateway.MCP},
 			Upstreams: upstreams,

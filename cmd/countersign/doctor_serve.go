@@ -309,7 +309,7 @@ func (d *doctor) recorder(ctx context.Context, c *recorderConfig) {
 	if !d.look("log-key", "recorder.log_key", err, "") {
 		return
 	}
-	r, err := one.client(key, zap.NewNop())
+	r, err := one.client(key, zap.NewNop(), nil)
 	if err != nil {
 		return // a file of its, said by secret
 	}

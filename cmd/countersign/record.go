@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/go-chi/chi/v5"
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spf13/cobra"
 	"go.uber.org/zap"
 	"golang.org/x/sync/errgroup"
@@ -27,6 +28,7 @@ import (
 	"github.com/countersign-dev/countersign/store/retention"
 	"github.com/countersign-dev/countersign/store/siem"
 	"github.com/countersign-dev/countersign/store/vaultaudit"
+	"github.com/countersign-dev/countersign/store/witness"
 )
 
 func recordCommand() *cobra.Command {
@@ -65,6 +67,16 @@ func runRecord(ctx context.Context, c *recordConfig, log *zap.Logger) error {
 	}
 	log.Info("recorder", zap.Stringer("addr", l.Addr()), zap.Bool("tls", tls != nil),
 		zap.String("log", o.ledger.Signer.Name()), zap.String("version", buildVersion()))
+	defer o.tracing.close()
+	if c.Metrics != "" {
+		o.metrics = newPeopleMetrics(newMetrics(prometheus.NewRegistry()))
+		// It answers while this recorder stands by, too.
+		stop, err := o.metrics.serve(c.Metrics, log)
+		if err != nil {
+			return err
+		}
+		defer stop()
+	}
 	stop := onHangup(func() {
 		if o.approval == nil {
 			log.Info("nothing to reload: token files are read again whenever they change")
@@ -218,7 +230,10 @@ func (c *recordConfig) options(log *zap.Logger) (*peopleOptions, error) {
 			return nil, err
 		}
 	}
-	o.siem, o.retention, o.export, o.vaultAudit, o.metrics = c.SIEM, c.Retention, c.Export, c.VaultAudit, c.Metrics
+	o.siem, o.retention, o.export, o.vaultAudit = c.SIEM, c.Retention, c.Export, c.VaultAudit
+	if o.tracing, err = c.Tracing.open(context.Background(), "record", o.ledger.Signer.Name(), log); err != nil {
+		return nil, err
+	}
 	return o, nil
 }
 
@@ -235,8 +250,10 @@ type peopleOptions struct {
 	siem        siem.Config       // where events are pushed
 	retention   retentionConfig   // how long erasable texts are kept
 	export      exportConfig
-	vaultAudit  *vaultAuditConfig // nil: Vault's audit log is not followed
-	metrics     string            // address where metrics are served; empty: nowhere
+	vaultAudit  *vaultAuditConfig              // nil: Vault's audit log is not followed
+	metrics     *peopleMetrics                 // nil: nothing is measured
+	tracing     *tracing                       // nil: nothing is traced
+	witnesses   func() []witness.WitnessStatus // nil: there are none
 	log         *zap.Logger
 }
 
@@ -263,19 +280,22 @@ type people struct {
 	pusher    *siem.Pusher         // nil: nothing is pushed
 	audit     *vaultaudit.Follower // nil: Vault's audit log is not followed
 	unkeep    func()               // ends the keeping of checkpoints
-	unmeasure func()               // ends the listener of metrics; nil: there is none
+	o         *peopleOptions
 	handler   http.Handler
 	log       *zap.Logger
 }
 
 func openPeople(ctx context.Context, o *peopleOptions) (*people, error) {
 	o.ledger.Gate = o.approval.gate(o.ledger.PrivacyKey)
+	if o.metrics != nil {
+		o.ledger.Committed = o.metrics.committed
+	}
 	l, err := ledger.Open(ctx, o.ledger)
 	if err != nil {
 		return nil, err
 	}
 	self := record.Self{Ledger: l, Name: recorderName, TrustDomain: o.trustDomain}
-	p := &people{ledger: l, self: self, log: o.log, refusals: auth.NewRefusals(o.trustDomain, o.log.Named("auth"), self.Record)}
+	p := &people{o: o, ledger: l, self: self, log: o.log, refusals: auth.NewRefusals(o.trustDomain, o.log.Named("auth"), self.Record)}
 	p.refusals.PrivacyKey = o.ledger.PrivacyKey
 	if err := self.Announce(ctx, writers(o)); err != nil {
 		p.close()
@@ -327,19 +347,19 @@ func openPeople(ctx context.Context, o *peopleOptions) (*people, error) {
 			ok(w, r)
 		}
 	})
-	p.handler = r
+	p.handler = o.watched(r)
 	if p.unkeep, err = o.keeping.start(o.ledger.Signer.Name(), l, o.log); err == nil {
 		p.pusher, err = openSIEM(ctx, o.siem, o.ledger.Dir, o.ledger.Signer.Name(), l, o.log.Named("siem"))
 	}
 	if err == nil {
 		p.audit, err = o.vaultAudit.open(l, o.ledger.Dir, o.ledger.Signer.Name(), o.trustDomain, o.log.Named("vault-audit"))
 	}
-	if err == nil && o.metrics != "" {
-		p.unmeasure, err = serveMetrics(p, o.metrics)
-	}
 	if err != nil {
 		p.close()
 		return nil, err
+	}
+	if o.metrics != nil {
+		o.metrics.people.Store(p)
 	}
 	return p, nil
 }
@@ -393,8 +413,8 @@ func (p *people) drain() {
 }
 
 func (p *people) close() {
-	if p.unmeasure != nil {
-		p.unmeasure()
+	if p.o.metrics != nil {
+		p.o.metrics.people.Store(nil)
 	}
 	if p.unkeep != nil {
 		p.unkeep()

@@ -19,7 +19,7 @@ import (
 	"github.com/goccy/go-yaml"
 )
 
-//go:generate go test -run ^TestTheReferencesAreWhatTheCodeSays$ -update .
+//go:generate go test -run ^TestTheReference(sAre|OfMetricsIs)WhatTheCodeSays$ -update .
 
 // configured are the processes that have a configuration file.
 var configured = []struct {

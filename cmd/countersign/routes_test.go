@@ -139,7 +139,7 @@ func newPlainHouse(t *testing.T) *plainHouse {
 	h.people, err = openPeople(t.Context(), o)
 	must(t, err)
 	t.Cleanup(h.people.close)
-	h.machines, err = openDevBroker(t.Context(), files, h.people, &ready{API: "http://broker.example", Recorder: "http://recorder.example"}, devVault{}, nil, set, zap.NewNop())
+	h.machines, err = openDevBroker(t.Context(), files, h.people, &ready{API: "http://broker.example", Recorder: "http://recorder.example"}, devVault{}, nil, set, nil, zap.NewNop())
 	must(t, err)
 	t.Cleanup(h.machines.close)
 	eventually(t, "the broker is ready", func() bool {

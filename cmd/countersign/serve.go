@@ -15,6 +15,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spf13/cobra"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
@@ -63,6 +64,15 @@ func serve(ctx context.Context, c *serveConfig, log *zap.Logger) error {
 		return err
 	}
 	o.certs = &auth.ClientCerts{Trust: certs, Role: auth.Orchestrator, Certs: c.Orchestrators.certs()}
+	defer o.tracing.close()
+	if c.Metrics != "" {
+		o.metrics = newMachineMetrics(newMetrics(prometheus.NewRegistry()))
+		stop, err := o.metrics.serve(c.Metrics, log)
+		if err != nil {
+			return err
+		}
+		defer stop()
+	}
 	m, err := openMachines(ctx, o)
 	if err != nil {
 		return err
@@ -111,7 +121,10 @@ func (c *serveConfig) options(log *zap.Logger) (*machinesOptions, error) {
 	if o.logKey, err = store.NewLogVerifier(c.Recorder.LogKey); err != nil {
 		return nil, fmt.Errorf("recorder.log_key: %w", err)
 	}
-	if o.recorder, err = c.Recorder.client(o.logKey, log); err != nil {
+	if o.tracing, err = c.Tracing.open(context.Background(), "serve", c.Recorder.Writer, log); err != nil {
+		return nil, err
+	}
+	if o.recorder, err = c.Recorder.client(o.logKey, log, o.tracing); err != nil {
 		return nil, err
 	}
 	if c.Orchestrators.Tokens != "" {
@@ -136,14 +149,14 @@ func (c *serveConfig) options(log *zap.Logger) (*machinesOptions, error) {
 	return o, nil
 }
 
-// client is a client of the recorder that c names.
-func (c *recorderConfig) client(logKey *store.LogVerifier, log *zap.Logger) (*client.Recorder, error) {
+// client is a client of the recorder that c names, whose calls t traces.
+func (c *recorderConfig) client(logKey *store.LogVerifier, log *zap.Logger, t *tracing) (*client.Recorder, error) {
 	transport, err := c.transport(log)
 	if err != nil {
 		return nil, err
 	}
 	conf := client.RecorderConfig{
-		Config: client.Config{URL: c.URL, Transport: transport},
+		Config: client.Config{URL: c.URL, Transport: t.transport(transport, recorderCall)},
 		Log:    logKey, HeadFile: c.HeadFile, Writer: c.Writer, Logger: log.Named("recorder-client"),
 	}
 	if c.Token != "" {
@@ -187,6 +200,8 @@ type machinesOptions struct {
 	firstTTL                       time.Duration
 	gateway                        *gateway.Config // the access path, but for what it shares with the broker; nil: none
 	proxyCA                        string          // directory of the forward proxy's authority; empty: no forward proxy
+	metrics                        *machineMetrics // nil: nothing is measured
+	tracing                        *tracing        // nil: nothing is traced
 	log                            *zap.Logger
 }
 
@@ -219,6 +234,8 @@ func openMachines(ctx context.Context, o *machinesOptions) (_ *machines, err err
 	vault := o.vault
 	vault.TrustDomain, vault.Log, vault.Scopes, vault.Identity = o.trustDomain, o.logKey, o.scopes.Current, m.identity
 	vault.FirstTTL, vault.Logger = o.firstTTL, o.log.Named("issuer")
+	o.watch(&vault)
+	recorder := watchedRecorder{o.recorder, o.metrics, o.tracing}
 	if m.issuer, err = issuer.New(ctx, vault); err != nil {
 		return nil, err
 	}
@@ -228,11 +245,11 @@ func openMachines(ctx context.Context, o *machinesOptions) (_ *machines, err err
 	}
 	if o.gateway != nil {
 		c := *o.gateway
-		c.Recorder, c.TrustDomain, c.Log = o.recorder, o.trustDomain, o.log.Named("gateway")
+		c.Recorder, c.Observer, c.TrustDomain, c.Log = recorder, o.observer(), o.trustDomain, o.log.Named("gateway")
 		m.gateway = gateway.New(c)
 	}
 	m.broker, err = broker.New(broker.Config{
-		Writer: o.writer, TrustDomain: o.trustDomain, Recorder: o.recorder, Issuer: m.issuer, Scopes: o.scopes,
+		Writer: o.writer, TrustDomain: o.trustDomain, Recorder: recorder, Issuer: watchedIssuer{m.issuer, o.metrics, o.tracing}, Scopes: o.scopes,
 		Inflight: m.inflight, Identity: m.identity, Gateway: m.gateway, PeopleURL: o.peopleURL, PrivacyKey: o.privacyKey, Limits: o.limits, Grace: o.firstTTL, Log: o.log.Named("broker"),
 	})
 	if err != nil {
@@ -242,14 +259,18 @@ func openMachines(ctx context.Context, o *machinesOptions) (_ *machines, err err
 		return m.broker.PolicyLoaded(ctx, old, set)
 	})
 	m.refusals = auth.NewRefusals(o.trustDomain, o.log.Named("auth"), func(ctx context.Context, s *store.Submission) error {
-		_, err := o.recorder.Append(ctx, s)
+		_, err := recorder.Append(ctx, s)
 		return err
 	})
 	m.refusals.PrivacyKey = o.privacyKey
-	m.handler = steps.New(steps.Config{
+	m.handler = o.watched(steps.New(steps.Config{
 		Broker: m.broker, Identity: m.identity, Log: o.log.Named("api"),
 		Guard: &auth.Guard{Tokens: o.tokens, OIDC: o.oidc, Certs: o.certs, Refusals: m.refusals},
-	})
+		Asked: o.askedFor,
+	}))
+	if o.metrics != nil {
+		o.metrics.machines.Store(m)
+	}
 	return m, nil
 }
 
@@ -298,6 +319,9 @@ func (m *machines) serve(ctx context.Context, l net.Listener, t *tls.Config, dra
 // close ends what openMachines began, in the order in which the one needs the
 // other. Credentials that are out stay out.
 func (m *machines) close() {
+	if m.o.metrics != nil {
+		m.o.metrics.machines.Store(nil)
+	}
 	if m.refusals != nil {
 		m.refusals.Close()
 	}

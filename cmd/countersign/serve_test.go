@@ -92,6 +92,11 @@ func (p *pair) start(url string, args ...string) (*exec.Cmd, <-chan struct{}) {
 }
 
 func newPair(t *testing.T) *pair {
+	return newPairWith(t, func(*pair) (string, string) { return "", "" })
+}
+
+// newPairWith is newPair with more lines in each configuration.
+func newPairWith(t *testing.T, more func(*pair) (serve, record string)) *pair {
 	p := &pair{t: t, dir: t.TempDir()}
 	set, err := scopes.Parse("demo.yaml", scopes.Demo(nil), "", nil)
 	if err != nil {
@@ -108,6 +113,7 @@ func newPair(t *testing.T) *pair {
 	p.reviewer = p.cli("token", "create", "--file", p.file("recorder-tokens"), "--role", "reviewer", "--name", "reviewer-a")
 	p.caller = p.cli("token", "create", "--file", p.file("broker-tokens"), "--role", "orchestrator", "--name", "ci")
 
+	serveMore, recordMore := more(p)
 	recordAddr, serveAddr := freeAddr(t), freeAddr(t)
 	p.recorderURL, p.url = "https://"+recordAddr, "https://"+serveAddr
 	p.write("record.yaml", fmt.Sprintf(`
@@ -118,7 +124,7 @@ log_key: %q
 privacy_key: %q
 tokens: %q
 publish: 100ms
-`, recordAddr, p.file("server.pem"), p.file("server.key"), p.file("ca.pem"), p.file("ledger"), p.file("log.key"), p.file("privacy.key"), p.file("recorder-tokens")))
+%s`, recordAddr, p.file("server.pem"), p.file("server.key"), p.file("ca.pem"), p.file("ledger"), p.file("log.key"), p.file("privacy.key"), p.file("recorder-tokens"), recordMore))
 	p.write("serve.yaml", fmt.Sprintf(`
 listen: {addr: %q, cert: %q, key: %q}
 public_url: %q
@@ -130,8 +136,8 @@ recorder: {url: %q, writer: broker-1, cert: %q, key: %q, ca: %q, log_key: %q, he
 vault: {addr: %q, token_file: %q}
 redis: {embedded: true}
 orchestrators: {tokens: %q}
-`, serveAddr, p.file("server.pem"), p.file("server.key"), p.url, p.file("identity.key"), p.file("privacy.key"), p.file("catalogue.yaml"),
-		p.recorderURL, p.file("client.pem"), p.file("client.key"), p.file("ca.pem"), vkey, p.file("broker-head"), vault.Addr, p.file("vault-token"), p.file("broker-tokens")))
+%s`, serveAddr, p.file("server.pem"), p.file("server.key"), p.url, p.file("identity.key"), p.file("privacy.key"), p.file("catalogue.yaml"),
+		p.recorderURL, p.file("client.pem"), p.file("client.key"), p.file("ca.pem"), vkey, p.file("broker-head"), vault.Addr, p.file("vault-token"), p.file("broker-tokens"), serveMore))
 
 	p.recorder, p.recorded = p.start(p.recorderURL, "record", "--config", p.file("record.yaml"))
 	// What doctor says of a house in order, the recorder being up.

@@ -15,10 +15,12 @@ import (
 	"time"
 
 	"github.com/hashicorp/vault/api"
+	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zaptest/observer"
 	"golang.org/x/mod/sumdb/note"
 
+	"github.com/countersign-dev/countersign/api/review"
 	"github.com/countersign-dev/countersign/issuer"
 	"github.com/countersign-dev/countersign/issuer/vaulttest"
 	"github.com/countersign-dev/countersign/scopes"
@@ -306,7 +308,9 @@ func TestATokenMintedBesideTheFlowRaisesAnAlert(t *testing.T) {
 	must(t, err)
 	eventually(t, "the alert of its use", func() bool { return f.Counts().AlertUse == 1 })
 	addr := freeAddr(t)
-	stop, err := serveMetrics(&people{audit: f, log: zap.NewNop()}, addr)
+	measured := newPeopleMetrics(newMetrics(prometheus.NewRegistry()))
+	measured.people.Store(&people{o: &peopleOptions{}, exports: &review.Exports{}, audit: f, ledger: v.ledger})
+	stop, err := measured.serve(addr, zap.NewNop())
 	must(t, err)
 	res, err := http.Get("http://" + addr + "/metrics")
 	must(t, err)

@@ -246,6 +246,7 @@ func (c *witnessesConfig) publish(o *peopleOptions, dir string) (func(context.Co
 	if err != nil {
 		return nil, fmt.Errorf("witnesses: %w", err)
 	}
+	o.witnesses = publisher.Status
 	return func(ctx context.Context, l *ledger.Ledger) {
 		self.Ledger = l
 		publisher.Run(ctx, l)

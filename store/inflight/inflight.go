@@ -88,6 +88,7 @@ type Store struct {
 	asks    chan chan generation
 	stop    chan struct{}
 	done    sync.WaitGroup
+	failed  atomic.Int64 // calls
 }
 
 // Request is what is kept of a request: enough to answer where it stands and
@@ -213,10 +214,14 @@ func (s *Store) call(ctx context.Context, doing string, fn func(context.Context)
 	ctx, cancel := context.WithTimeout(ctx, s.timeout)
 	defer cancel()
 	if err := fn(ctx); err != nil {
+		s.failed.Add(1)
 		return fmt.Errorf("%w: %s: %v", ErrUnavailable, doing, err)
 	}
 	return nil
 }
+
+// Failed is how many calls to Redis have failed.
+func (s *Store) Failed() int64 { return s.failed.Load() }
 
 // Ping reports whether Redis answers.
 func (s *Store) Ping(ctx context.Context) error {

@@ -289,6 +289,43 @@ type pending struct {
 	freezes bool                      // one is set or lifted
 }
 
+// Commit is one commit, or an attempt at one.
+type Commit struct {
+	Entries []*store.Entry // on record now; none where it failed
+	Took    time.Duration
+	Decided []Decided // requests that people had been asked about and that wait no longer
+	Err     error     // why nothing was written; nil where it was
+}
+
+// Decided is the end of a request's wait for people.
+type Decided struct {
+	Status store.Status  // approved, denied, expired, void or withdrawn
+	Waited time.Duration // since they were asked, by the recorder's clock
+}
+
+// tell tells Options.Committed of p. It is to be called before readers know of p.
+func (l *Ledger) tell(p *pending, began time.Time, err error) {
+	if l.o.Committed == nil {
+		return
+	}
+	c := Commit{Took: time.Since(began), Err: err}
+	if err == nil {
+		c.Entries = make([]*store.Entry, len(p.lines))
+		for i, ln := range p.lines {
+			c.Entries[i] = &ln.sub.Entry
+		}
+		for id, r := range p.changes {
+			was := l.open[id] // written by this goroutine alone
+			if r == nil || was == nil || was.Pending == nil || was.Status != store.StatusPending || r.Status == store.StatusPending {
+				continue
+			}
+			asked := was.Pending.Expires.Add(-time.Duration(was.Pending.Rule.Expires))
+			c.Decided = append(c.Decided, Decided{r.Status, p.now.Sub(asked)})
+		}
+	}
+	l.o.Committed(c)
+}
+
 // commit settles every group of the batch: err or head is set when it returns.
 func (l *Ledger) commit(batch []*group) {
 	w := &l.wr
@@ -347,7 +384,9 @@ func (l *Ledger) commit(batch []*group) {
 			maps.Copy(p.changes, b.Commit())
 			w.swept = p.now
 		}
-		if h, err = l.write(ctx, p); err != nil {
+		began := time.Now()
+		if h, err = l.write(ctx, p, began); err != nil {
+			l.tell(p, began, err)
 			w.state = nil
 			err = l.e.class(err)
 			switch {
@@ -481,7 +520,7 @@ func (l *Ledger) admit(ctx context.Context, g *group, p *pending, known map[stri
 //     crash after leaves them on record unanswered, and the author's retry with
 //     the same bytes finds them.
 //  3. The head file follows on its own, see headFile.
-func (l *Ledger) write(ctx context.Context, p *pending) (_ *head, err error) {
+func (l *Ledger) write(ctx context.Context, p *pending, began time.Time) (_ *head, err error) {
 	w := &l.wr
 	front := w.front
 	n := len(p.lines)
@@ -540,6 +579,7 @@ func (l *Ledger) write(ctx context.Context, p *pending) (_ *head, err error) {
 		return nil, err
 	}
 	w.front, w.last = front, p.now
+	l.tell(p, began, nil)
 	l.committed(p, nodes, h)
 	return h, nil
 }

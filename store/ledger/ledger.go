@@ -80,6 +80,9 @@ type Options struct {
 	Publish      func(ctx context.Context, l *Ledger)
 	CheckNewest  int64         // how many of the newest entries are hashed again at start; 10,000 by default
 	RecheckEvery time.Duration // pause between background passes over the whole log; 1 h by default, negative: no pass
+	// Committed, where set, is told of each commit, by the goroutine that writes:
+	// it is to be quick.
+	Committed func(Commit)
 }
 
 func (o *Options) defaults() error {

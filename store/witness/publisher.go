@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"filippo.io/torchwood"
@@ -77,6 +78,23 @@ type Publisher struct {
 	answers   chan answer
 }
 
+// WitnessStatus is how a witness stands.
+type WitnessStatus struct {
+	Name     string
+	Size     int64 // of the last checkpoint that it cosigned since the start; 0: none
+	Disputes bool  // it knows another version of this log
+}
+
+// Status says how each witness stands, in the order of the configuration. It is
+// safe while Run runs.
+func (p *Publisher) Status() []WitnessStatus {
+	list := make([]WitnessStatus, len(p.peers))
+	for i, w := range p.peers {
+		list[i] = WitnessStatus{w.client.Name(), w.size.Load(), w.disputes.Load()}
+	}
+	return list
+}
+
 // peer is what is known of one witness.
 type peer struct {
 	client  *Client
@@ -87,6 +105,9 @@ type peer struct {
 	fails   int
 	dispute *Dispute        // nil: none
 	alerted map[string]bool // disputes on record
+
+	size     atomic.Int64 // what Status says
+	disputes atomic.Bool
 }
 
 // candidate is one checkpoint with the cosignatures that came.
@@ -407,6 +428,10 @@ func (p *Publisher) take(ctx context.Context, l Published, a answer) {
 	default:
 		w.after = time.Now().Add(backoff(&w.fails, p.c.Every))
 		log.Warn("no cosignature", zap.Error(a.err), zap.Time("again", w.after))
+	}
+	w.disputes.Store(w.dispute != nil)
+	if a.err == nil {
+		w.size.Store(a.c.size)
 	}
 	p.publish(ctx, l, a.c)
 }

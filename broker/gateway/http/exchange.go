@@ -365,6 +365,9 @@ var theirs = []string{
 	"Range", "If-Range",
 	"Expect", // the gateway has answered it
 	"Sec-Websocket-Extensions",
+	// Of the house's own traces, which are no business of a target's (W3C Trace
+	// Context and Baggage).
+	"Traceparent", "Tracestate", "Baggage",
 	"X-Request-Target", "Max-Forwards", "Http2-Settings", "X-Amz-Security-Token", "X-Amz-Date", "X-Amz-Content-Sha256",
 }
 

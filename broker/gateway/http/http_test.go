@@ -46,7 +46,7 @@ func TestAStepReachesItsTargetWithoutEverHoldingTheSecret(t *testing.T) {
 	}), &store.Access{HTTP: &store.HTTPAccess{Routes: []store.HTTPRoute{{Methods: []string{"POST"}, Paths: []string{"/orders/*/lines"}}},
 		RequestHeaders: []string{"X-Reason"}, ResponseHeaders: []string{"X-Answer"}, Sample: 64}}, option{base: "/v2"})
 	a := p.do("POST", "/orders/17/lines?limit=5&page=2&limit=6", strings.NewReader("a line"), "X-Reason", "because", "X-Api-Key", "the step's own", "Cookie", "a=b",
-		"X-Forwarded-For", "10.0.0.1", "Forwarded", "for=x", "Via", "1.1 x", "X_Api_Key", "other", "X-Http-Method-Override", "DELETE", "X-Original-Url", "/admin", "Connection", "X-Api-Key, keep-alive", "Te", "trailers")
+		"X-Forwarded-For", "10.0.0.1", "Forwarded", "for=x", "Via", "1.1 x", "X_Api_Key", "other", "X-Http-Method-Override", "DELETE", "X-Original-Url", "/admin", "Connection", "X-Api-Key, keep-alive", "Te", "trailers", "Traceparent", "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01", "Tracestate", "a=b", "Baggage", "a=b")
 	if a.status != 200 || a.body != "you said a line" || a.header.Get("X-Answer") != "yes" {
 		t.Fatalf("%+v", a)
 	}
@@ -56,7 +56,7 @@ func TestAStepReachesItsTargetWithoutEverHoldingTheSecret(t *testing.T) {
 	if v := got.Header["X-Api-Key"]; len(v) != 1 || v[0] != apiKey {
 		t.Fatalf("%q", v)
 	}
-	for _, name := range []string{"Authorization", "Cookie", "X-Forwarded-For", "Forwarded", "Via", "X_api_key", "X_Api_Key", "X-Http-Method-Override", "X-Original-Url", "Connection"} {
+	for _, name := range []string{"Authorization", "Cookie", "X-Forwarded-For", "Forwarded", "Via", "X_api_key", "X_Api_Key", "X-Http-Method-Override", "X-Original-Url", "Connection", "Traceparent", "Tracestate", "Baggage"} {
 		if got.Header.Values(name) != nil {
 			t.Errorf("%s reached the target", name)
 		}
