@@ -1,6 +1,7 @@
 package main
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -45,6 +46,11 @@ func TestABrokerProcessThatSleepsDuringItsMintHandsNothingOver(t *testing.T) {
 	go func() { answer <- h.post("sleeps", `{"run":"sleep","scope":"vault:demo-read"}`, "") }()
 	<-door.held
 	must(t, h.broker.cmd.Process.Signal(syscall.SIGSTOP))
+	eventually(t, "it is stopped", func() bool {
+		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", h.broker.cmd.Process.Pid))
+		_, state, _ := strings.Cut(string(b), ") ") // proc(5)
+		return err == nil && strings.HasPrefix(state, "T")
+	})
 	door.open() // Vault makes the token, and nobody takes it
 	count := func(of store.Type) (n int) {
 		for _, e := range h.history() {
