@@ -198,6 +198,8 @@ func goroutines(dump string) (n int) {
 	return n
 }
 
+var ourFrame = regexp.MustCompile(`(?m)^github\.com/countersign-dev/countersign/(\S+)\(`)
+
 // where says which functions goroutines of a dump stand in, the most common first.
 func where(dump string) string {
 	count := map[string]int{}
@@ -206,6 +208,9 @@ func where(dump string) string {
 			if i := strings.LastIndex(g, "created by "); i >= 0 {
 				made, _, _ := strings.Cut(g[i:], "\n")
 				made, _, _ = strings.Cut(made, " in goroutine")
+				if at := ourFrame.FindStringSubmatch(g); at != nil {
+					made += ", in " + at[1]
+				}
 				count[made]++
 			}
 		}

@@ -130,9 +130,11 @@ func (l *Ledger) openings(ctx context.Context, q querier, entries map[int64]*sto
 	var names []string
 	if err := each(ctx, q, func(rows *sql.Rows) error {
 		var t text
-		err := rows.Scan(&t.index, &t.field, &t.box)
+		if err := rows.Scan(&t.index, &t.field, &t.box); err != nil { // the caller has gone, as a rule
+			return err
+		}
 		texts, names = append(texts, t), append(names, keyNames(t.box, entries[t.index].ID)...)
-		return err
+		return nil
 	}, "SELECT s.idx, s.field, s.box FROM "+l.e.list("bigint")+" CROSS JOIN sealed s WHERE s.idx = j.value", jsonList(idx)); err != nil {
 		return nil, err
 	}
