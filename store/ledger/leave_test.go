@@ -19,7 +19,8 @@ func (b broken) QueryContext(ctx context.Context, _ string, _ ...any) (*sql.Rows
 func TestARowThatCannotBeReadEndsTheReadWithAnError(t *testing.T) {
 	f := newFixture(t)
 	l := f.open()
-	i := f.say(l, "r", "low", "why")
+	f.say(l, "r", "low", "why")
+	const i = 7 // not the zero of a number that was not read
 	e := &store.Entry{ID: store.NewID(), Sealed: map[string]string{store.SealedReason: "x"}}
 	if _, err := l.openings(t.Context(), broken{l.r}, map[int64]*store.Entry{i: e}); err == nil {
 		t.Error("no error")
