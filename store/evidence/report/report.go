@@ -22,7 +22,7 @@ const (
 	maxGroups = 1_000 // kinds of things that are summed up one by one
 	maxOpen   = 100_000
 	maxCached = 1 << 18 // of each generation, see recent
-	maxSteps  = 1 << 16 // likewise, of accounts of steps, which take more
+	maxSteps  = 1 << 14 // likewise, of accounts of steps, which take more
 	maxNamed  = 16      // objects of one use that are told apart
 )
 
