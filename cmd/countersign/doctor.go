@@ -8,7 +8,6 @@ import (
 	"slices"
 	"strings"
 	"syscall"
-	"text/tabwriter"
 	"time"
 
 	"github.com/goccy/go-yaml"
@@ -143,14 +142,16 @@ not all could be checked.`,
 
 // print writes the findings as one list.
 func (d *doctor) print(cmd *cobra.Command) {
-	w := tabwriter.NewWriter(cmd.OutOrStdout(), 0, 0, 2, ' ', 0)
 	for _, f := range d.findings {
-		fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", f.Level, f.Check, f.What, f.Message)
-		if f.Mend != "" {
-			fmt.Fprintf(w, "\t\t\tmend: %s\n", f.Mend)
+		line := fmt.Sprintf("%-9s %-18s %s", f.Level, f.Check, f.What)
+		if f.Message != "" {
+			line += ": " + f.Message
 		}
+		if f.Mend != "" {
+			line += fmt.Sprintf("\n%29smend: %s", "", f.Mend)
+		}
+		fmt.Fprintln(cmd.OutOrStdout(), line)
 	}
-	_ = w.Flush()
 }
 
 // verdict is the exit status of what was found.

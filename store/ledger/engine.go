@@ -19,8 +19,9 @@ type engine interface {
 	// release gives the claim up at once, not only when the server notices that c
 	// is closed.
 	release(ctx context.Context, c *sql.Conn) error
-	// ensureSchema makes the schema in an empty database and compares it in any
-	// other: what was altered is an error that wraps ErrMismatch.
+	// ensureSchema makes the schema in an empty database, brings an older one up,
+	// and compares it in any other: what was altered is an error that wraps
+	// ErrMismatch, what a newer program made one that wraps ErrNewer.
 	ensureSchema(ctx context.Context, c *sql.Conn) error
 	// begin opens a transaction that writes.
 	begin() string
@@ -61,9 +62,17 @@ type engine interface {
 // newEngine returns the engine that o asks for.
 func newEngine(o *Options) (engine, error) {
 	if o.Postgres != "" {
-		return newPostgres(o.Postgres, o.Log)
+		p, err := newPostgres(o.Postgres, o.Log)
+		if err == nil && o.migrations != nil {
+			p.migrations = o.migrations
+		}
+		return p, err
 	}
-	return &sqliteDB{dir: o.Dir}, nil
+	s := &sqliteDB{dir: o.Dir, migrations: migrations}
+	if o.migrations != nil {
+		s.migrations = o.migrations
+	}
+	return s, nil
 }
 
 // column is a column of entries that the database generates from the stored

@@ -3,11 +3,10 @@ package ledger
 import (
 	"context"
 	"errors"
-	"maps"
+	"fmt"
 	"strings"
 	"time"
 
-	"github.com/jackc/pgx/v5/stdlib"
 	"go.uber.org/zap"
 )
 
@@ -22,7 +21,7 @@ type PostgresFacts struct {
 	Version   string
 	Encoding  string
 	Volatile  []string // settings under which an acknowledged commit may be lost: "fsync off"
-	Schema    error    // nil: there and as it should be; ErrNoSchema, or what Open would say
+	Schema    error    // nil: there and as it should be; ErrNoSchema, ErrOlder, or what Open would say
 }
 
 // ErrNoSchema says that there is no ledger in a database.
@@ -36,7 +35,7 @@ func ExaminePostgres(ctx context.Context, dsn string) (*PostgresFacts, error) {
 	if err != nil {
 		return nil, err
 	}
-	db := stdlib.OpenDB(*p.config)
+	db := p.connect(p.config)
 	defer db.Close()
 	f := &PostgresFacts{}
 	var fsync, pages, commit string
@@ -59,17 +58,23 @@ func ExaminePostgres(ctx context.Context, dsn string) (*PostgresFacts, error) {
 		return nil, p.class(err)
 	}
 	defer c.Close()
-	found, err := p.describe(ctx, c)
-	if err != nil {
+	version, err := p.version(ctx, c)
+	switch {
+	case errors.Is(err, ErrMismatch) || errors.Is(err, ErrNewer):
+		f.Schema = err
+	case err != nil:
 		return nil, p.class(err)
-	}
-	if len(found) == 0 {
+	case version == 0:
 		f.Schema = ErrNoSchema
-		return f, nil
+	case version < newest(p.migrations):
+		f.Schema = fmt.Errorf("%w: its schema is %d, this program's %d", ErrOlder, version, newest(p.migrations))
 	}
-	f.Schema = p.compare(maps.Clone(found))
 	for _, t := range appendOnly {
-		if found["relation "+t] == "" {
+		var there bool
+		if err := c.QueryRowContext(ctx, "SELECT to_regclass($1) IS NOT NULL", p.schema+"."+t).Scan(&there); err != nil {
+			return nil, p.class(err)
+		}
+		if !there {
 			continue
 		}
 		table := p.schema + "." + t

@@ -83,6 +83,8 @@ type Options struct {
 	// Committed, where set, is told of each commit, by the goroutine that writes:
 	// it is to be quick.
 	Committed func(Commit)
+
+	migrations []migration // in tests; nil: the program's
 }
 
 func (o *Options) defaults() error {

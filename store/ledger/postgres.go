@@ -30,6 +30,8 @@ type postgres struct {
 	config *pgx.ConnConfig
 	schema string
 	log    *zap.Logger
+
+	migrations []migration
 }
 
 // schemaName is what may be quoted nowhere: it stands in the bodies of functions.
@@ -50,7 +52,7 @@ func newPostgres(dsn string, log *zap.Logger) (*postgres, error) {
 	if err != nil {
 		return nil, fmt.Errorf("the ledger's connection string: %w", err)
 	}
-	p := &postgres{dsn: dsn, config: c, schema: cmp.Or(c.RuntimeParams["search_path"], "countersign"), log: log}
+	p := &postgres{dsn: dsn, config: c, schema: cmp.Or(c.RuntimeParams["search_path"], "countersign"), log: log, migrations: migrations}
 	if !schemaName.MatchString(p.schema) {
 		return nil, fmt.Errorf("search_path %q of the ledger's connection string: want one schema, in small letters, digits and _", p.schema)
 	}
@@ -305,41 +307,85 @@ END`
 	}
 }
 
-// ensureSchema makes the schema in one transaction: a crash leaves none.
+// ensureSchema makes the schema, or brings an older one up, in one transaction:
+// a crash leaves none, or the old one whole. Both are the owner's to do.
 func (p *postgres) ensureSchema(ctx context.Context, c *sql.Conn) error {
-	found, err := p.describe(ctx, c)
+	if err := checkMigrations(p.migrations); err != nil {
+		return err
+	}
+	last := newest(p.migrations)
+	version, err := p.version(ctx, c)
 	if err != nil {
 		return err
 	}
-	if len(found) > 0 {
-		if err := p.compare(found); err != nil {
-			return err
-		}
+	if version == last {
 		return p.warnOwner(ctx, c)
 	}
-	// The schema itself may be there, made by who may make one.
-	var there bool
-	if err := c.QueryRowContext(ctx, "SELECT to_regnamespace($1) IS NOT NULL", p.schema).Scan(&there); err != nil {
-		return err
-	}
 	stmts := []string{"BEGIN"}
-	if !there {
-		stmts = append(stmts, "CREATE SCHEMA "+p.schema)
+	if version == 0 {
+		// The schema itself may be there, made by who may make one.
+		var there bool
+		if err := c.QueryRowContext(ctx, "SELECT to_regnamespace($1) IS NOT NULL", p.schema).Scan(&there); err != nil {
+			return err
+		}
+		if !there {
+			stmts = append(stmts, "CREATE SCHEMA "+p.schema)
+		}
+		stmts = append(stmts, p.statements()...)
+		version = 1
 	}
-	for _, s := range append(append(stmts, p.statements()...), "COMMIT") {
+	for _, m := range p.migrations[version-1:] {
+		for _, s := range m.postgres {
+			stmts = append(stmts, p.named(s))
+		}
+	}
+	stmts = append(stmts, fmt.Sprintf("COMMENT ON TABLE %s.entries IS '%s%d'", p.schema, schemaComment, last), "COMMIT")
+	for _, s := range stmts {
 		if _, err := c.ExecContext(ctx, s); err != nil {
-			_, _ = c.ExecContext(ctx, "ROLLBACK") // fails with the connection, where that is what failed
+			_, _ = c.ExecContext(context.WithoutCancel(ctx), "ROLLBACK") // fails with the connection, where that is what failed
 			var pe *pgconn.PgError
 			if errors.As(err, &pe) && pe.Code == "42501" {
+				if version < last && len(stmts) > 0 && p.there(ctx, c) {
+					return fmt.Errorf("%w: user %s may not bring its schema from %d to %d: run `countersign ledger init --postgres OWNER-DSN --role %[2]s` of this version: %[5]w", ErrOlder, p.config.User, version, last, err)
+				}
 				return fmt.Errorf("user %s may not make the ledger's schema %s: make it with `countersign ledger init --postgres OWNER-DSN --role %[1]s`: %[3]w", p.config.User, p.schema, err)
 			}
 			return fmt.Errorf("making the ledger's schema: %w", err)
 		}
 	}
-	if found, err = p.describe(ctx, c); err != nil {
-		return err
+	_, err = p.version(ctx, c)
+	return err
+}
+
+// there reports whether the schema holds a ledger.
+func (p *postgres) there(ctx context.Context, q querier) bool {
+	var is bool
+	err := q.QueryRowContext(ctx, "SELECT to_regclass($1) IS NOT NULL", p.schema+".entries").Scan(&is)
+	return err == nil && is
+}
+
+// named puts the schema's name into a migration's text.
+func (p *postgres) named(s string) string { return strings.ReplaceAll(s, "{schema}", p.schema) }
+
+// version reads which version of the schema there is, 0 for none, and compares
+// the schema with it.
+func (p *postgres) version(ctx context.Context, q querier) (int, error) {
+	found, err := p.describe(ctx, q)
+	if err != nil || len(found) == 0 {
+		return 0, err
 	}
-	return p.compare(found)
+	var comment string
+	if err := q.QueryRowContext(ctx, "SELECT coalesce(obj_description(to_regclass($1), 'pg_class'), '')", p.schema+".entries").Scan(&comment); err != nil {
+		return 0, err
+	}
+	version, err := commentVersion(comment)
+	if err != nil {
+		return 0, err
+	}
+	if last := newest(p.migrations); version > last {
+		return 0, newer(version, last)
+	}
+	return version, p.compare(found, version)
 }
 
 // warnOwner says in the log that a recorder runs as who could take the triggers
@@ -353,9 +399,15 @@ func (p *postgres) warnOwner(ctx context.Context, c *sql.Conn) error {
 	return err
 }
 
-// compare compares the schema as it stands with what it should be.
-func (p *postgres) compare(found map[string]string) error {
-	for name, want := range p.wanted() {
+// compare compares the schema as it stands with what it should be at a version.
+func (p *postgres) compare(found map[string]string, version int) error {
+	wanted := p.wanted()
+	for _, m := range p.migrations[:version-1] {
+		for name, def := range m.describes {
+			wanted[p.named(name)] = p.named(def)
+		}
+	}
+	for name, want := range wanted {
 		got, ok := found[name]
 		if !ok {
 			return alteredSchema("missing %s", name)
@@ -487,12 +539,10 @@ func (p *postgres) checkPages(ctx context.Context, c *sql.Conn) error {
 		return err
 	}
 	defer tx.Rollback()
-	found, err := p.describe(ctx, tx)
-	if err != nil {
+	if version, err := p.version(ctx, tx); err != nil {
 		return err
-	}
-	if err := p.compare(found); err != nil {
-		return err
+	} else if version == 0 {
+		return alteredSchema("it is gone")
 	}
 	var names, sums []string
 	for _, col := range columns {
@@ -532,13 +582,18 @@ func (p *postgres) checkPages(ctx context.Context, c *sql.Conn) error {
 // InitPostgres makes the schema of a ledger in the database that dsn, the
 // owner's connection string, names, and lets role do there what a recorder does
 // and nothing else: read all, append to the log, and change what lies beside it.
-// Made already, it compares the schema (ErrMismatch) and grants again. The role
+// Made already, it compares the schema
+// (ErrMismatch), brings an older one up, and grants again. The role
 // must exist.
 func InitPostgres(ctx context.Context, dsn, role string) error {
 	p, err := newPostgres(dsn, zap.NewNop())
 	if err != nil {
 		return err
 	}
+	return p.init(ctx, role)
+}
+
+func (p *postgres) init(ctx context.Context, role string) error {
 	db := p.connect(p.config)
 	defer db.Close()
 	c, err := db.Conn(ctx)

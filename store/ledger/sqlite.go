@@ -17,7 +17,10 @@ import (
 // sqliteDB is the embedded engine: the file ledger.db in dir. Generated columns
 // are virtual: the table holds the body alone, their values lie in the indexes.
 // The lock beside the file is the claim on it.
-type sqliteDB struct{ dir string }
+type sqliteDB struct {
+	dir        string
+	migrations []migration
+}
 
 func (s *sqliteDB) open() (w, r *sql.DB, err error) {
 	path := filepath.Join(s.dir, "ledger.db")
@@ -159,44 +162,89 @@ func sqliteSchema() []string {
 // application_id), "CSLG".
 const applicationID = 0x43534c47
 
-// ensureSchema makes the schema in one transaction: a crash leaves an empty
-// database.
-func (*sqliteDB) ensureSchema(ctx context.Context, c *sql.Conn) error {
-	rows, err := c.QueryContext(ctx, "SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL AND name NOT LIKE 'sqlite_%'")
+// schemaAt returns the statements that make a ledger of a version of the schema.
+func (s *sqliteDB) schemaAt(version int) []string {
+	out := sqliteSchema()
+	for _, m := range s.migrations[:version-1] {
+		out = append(out, m.sqlite...)
+	}
+	return out
+}
+
+// ensureSchema makes the schema, or brings an older one up, in one transaction:
+// a crash leaves an empty database, or the old schema whole. The version is
+// PRAGMA user_version, which is part of the transaction; 0 is version 1, from
+// before there were others.
+func (s *sqliteDB) ensureSchema(ctx context.Context, c *sql.Conn) error {
+	if err := checkMigrations(s.migrations); err != nil {
+		return err
+	}
+	last := newest(s.migrations)
+	var version int
+	if err := c.QueryRowContext(ctx, "PRAGMA user_version").Scan(&version); err != nil {
+		return err
+	}
+	if version = max(version, 1); version > last {
+		return newer(version, last)
+	}
+	empty, err := s.compare(ctx, c, s.schemaAt(version))
 	if err != nil {
 		return err
+	}
+	var stmts []string
+	switch {
+	case empty:
+		stmts = append([]string{fmt.Sprintf("PRAGMA application_id = %d", applicationID)}, s.schemaAt(last)...)
+	case version == last:
+		return nil
+	default:
+		for _, m := range s.migrations[version-1:] {
+			stmts = append(stmts, m.sqlite...)
+		}
+	}
+	stmts = append(append([]string{"BEGIN IMMEDIATE"}, stmts...), fmt.Sprintf("PRAGMA user_version = %d", last), "COMMIT")
+	for _, x := range stmts {
+		if _, err := c.ExecContext(ctx, x); err != nil {
+			_, _ = c.ExecContext(context.WithoutCancel(ctx), "ROLLBACK")
+			return fmt.Errorf("making the ledger's schema: %w", err)
+		}
+	}
+	_, err = s.compare(ctx, c, s.schemaAt(last))
+	return err
+}
+
+// compare compares what the database says of itself with want, and reports
+// whether there is nothing yet.
+func (*sqliteDB) compare(ctx context.Context, c *sql.Conn, want []string) (empty bool, err error) {
+	rows, err := c.QueryContext(ctx, "SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL AND name NOT LIKE 'sqlite_%'")
+	if err != nil {
+		return false, err
 	}
 	defer rows.Close()
 	found := map[string]string{}
 	for rows.Next() {
 		var name, stmt string
 		if err := rows.Scan(&name, &stmt); err != nil {
-			return err
+			return false, err
 		}
 		found[stmt] = name
 	}
 	if err := rows.Err(); err != nil {
-		return err
+		return false, err
 	}
-	if len(found) > 0 {
-		for _, s := range sqliteSchema() {
-			if _, ok := found[s]; !ok {
-				return alteredSchema("missing %q", statementName(s))
-			}
-			delete(found, s)
-		}
-		for _, name := range found {
-			return alteredSchema("%q is not part of it", name)
-		}
-		return nil
+	if len(found) == 0 {
+		return true, nil
 	}
-	stmts := append([]string{"BEGIN IMMEDIATE", fmt.Sprintf("PRAGMA application_id = %d", applicationID)}, sqliteSchema()...)
-	for _, s := range append(stmts, "COMMIT") {
-		if _, err := c.ExecContext(ctx, s); err != nil {
-			return fmt.Errorf("making the ledger's schema: %w", err)
+	for _, s := range want {
+		if _, ok := found[s]; !ok {
+			return false, alteredSchema("missing %q", statementName(s))
 		}
+		delete(found, s)
 	}
-	return nil
+	for _, name := range found {
+		return false, alteredSchema("%q is not part of it", name)
+	}
+	return false, nil
 }
 
 // dsn names the database file at path for the driver.
