@@ -9,6 +9,7 @@ GO ?= go
 # Linters run at pinned versions with `go run pkg@version`: as dependencies of
 # go.mod they would raise the versions that the product itself is built with.
 STATICCHECK ?= honnef.co/go/tools/cmd/staticcheck@v0.8.2
+CYCLONEDX ?= github.com/CycloneDX/cyclonedx-gomod/cmd/cyclonedx-gomod@v1.10.0
 GOVULNCHECK ?= golang.org/x/vuln/cmd/govulncheck@v1.9.0
 GOSEC ?= github.com/securego/gosec/v2/cmd/gosec@v2.30.0
 
@@ -33,11 +34,22 @@ then export GOTMPDIR="$${GOTMPDIR:-$${TMPDIR:-/tmp}}" TMPDIR="$$m"; fi; set -x;
 endef
 
 .DEFAULT_GOAL := build
-.PHONY: build demo test test-slow drill bench lint vault check servers compiler
+.PHONY: build static sbom demo test test-slow drill bench lint vault check servers compiler
 
 ## build: the program, at bin/countersign
 build: compiler
 	$(GO) build -trimpath -buildvcs=auto -o bin/countersign ./cmd/countersign
+
+## static: the program as releases and the image have it, at BIN: linked whole,
+#  and the same bytes wherever the same commit is built with the same toolchain
+static: BIN ?= bin/countersign-static
+static: compiler
+	$(GO) build -trimpath -buildvcs=auto -tags netgo,osusergo -ldflags '-s -w -buildid= -linkmode external -extldflags "-static -Wl,--build-id=none"' -o $(BIN) ./cmd/countersign
+
+## sbom: what the program is made of, as CycloneDX JSON, at bin/countersign.cdx.json
+sbom:
+	@mkdir -p bin
+	$(GO) run $(CYCLONEDX) app -json -licenses -main cmd/countersign -output bin/countersign.cdx.json
 
 ## demo: a real flow against a real Vault and PostgreSQL, told as a story
 demo: servers vault build
@@ -123,4 +135,4 @@ compiler:
 # redis-server and PostgreSQL for the tests and the demo; promtool for the alert
 # rules; curl for the commands of the README. initdb is looked for off PATH, too: see PGBIN.
 servers: compiler
-	$(call have,redis-server=redis-server initdb=postgresql psql=postgresql-client curl=curl promtool=prometheus $(ALSO))
+	$(call have,redis-server=redis-server initdb=postgresql psql=postgresql-client curl=curl openssl=openssl promtool=prometheus $(ALSO))

@@ -108,6 +108,7 @@ Start with: countersign dev`,
 		tokenCommand(),
 		keyCommand(),
 		doctorCommand(),
+		healthCommand(),
 		versionCommand(),
 	)
 	return cmd

@@ -162,7 +162,7 @@ func childEnv(env []string, set map[string]string) []string {
 	env = slices.DeleteFunc(slices.Clone(env), func(kv string) bool {
 		name, _, _ := strings.Cut(kv, "=")
 		_, replaced := set[name]
-		return replaced || name == "COUNTERSIGN_TOKEN" || strings.HasPrefix(name, "COUNTERSIGN_CREDENTIAL_")
+		return replaced || name == "COUNTERSIGN_TOKEN" || name == "COUNTERSIGN_TOKEN_FILE" || strings.HasPrefix(name, "COUNTERSIGN_CREDENTIAL_")
 	})
 	for name, value := range set {
 		env = append(env, name+"="+value)

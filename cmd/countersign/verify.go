@@ -304,10 +304,19 @@ func orNone(s string) string {
 	return s
 }
 
-// orEnv returns value, or that of the environment variable name.
+// orEnv returns value, or that of the environment variable name, or the content
+// of the file that name_FILE names, as containers are given secrets; one that
+// cannot be read is no value.
 func orEnv(value, name string) string {
 	if value != "" {
 		return value
 	}
-	return os.Getenv(name)
+	if v := os.Getenv(name); v != "" {
+		return v
+	}
+	if file := os.Getenv(name + "_FILE"); file != "" {
+		v, _ := readSecret(file)
+		return v
+	}
+	return ""
 }
