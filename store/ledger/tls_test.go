@@ -68,7 +68,7 @@ func TestTheConnectionStringsCertificatesAreReadAnewForEachSession(t *testing.T)
 	}
 	db := p.openReader(1)
 	defer db.Close()
-	db.SetMaxIdleConns(-1) // each ping is a session of its own
+	db.SetMaxIdleConns(-1)                       // each ping is a session of its own
 	until := func(what string, fn func() bool) { // the server reads its files a moment after it is told to
 		t.Helper()
 		for end := time.Now().Add(10 * time.Second); !fn(); time.Sleep(10 * time.Millisecond) {
