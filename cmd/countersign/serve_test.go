@@ -295,7 +295,7 @@ func TestTwoProcessesIssueReloadAndEnd(t *testing.T) {
 		t.Fatal(err)
 	}
 	out, err := countersign(t, "doctor", "--config", p.file("serve.yaml")).Output()
-	if err == nil || !strings.Contains(string(out), "BAD identity_key: "+p.file("identity.key")+" is missing") || strings.Count(string(out), "BAD ") != 1 {
+	if err == nil || !strings.Contains(string(out), " identity_key "+p.file("identity.key")+": is missing") || strings.Count("\n"+string(out), "\nfault ") != 1 {
 		t.Errorf("doctor without an identity key: %v\n%s", err, out)
 	}
 	if _, err := os.Stat(p.file("identity.key")); !os.IsNotExist(err) {
