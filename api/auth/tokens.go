@@ -88,7 +88,8 @@ func readFile(path string) (*file, fs.FileInfo, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	if info.Mode().Perm()&0o077 != 0 {
+	// Kubernetes lets a pod's group read a secret, whatever mode is asked for.
+	if info.Mode().Perm()&0o037 != 0 {
 		return nil, nil, fmt.Errorf("token file %s may be read or written by others: chmod 600 it", path)
 	}
 	if info.Size() > maxTokenFile {

@@ -43,6 +43,9 @@ func readBuild() build {
 func buildVersion() string {
 	b := readBuild()
 	text := fmt.Sprintf("%s commit %s", b.Version, b.Commit)
+	if b.Time != "" {
+		text += " of " + b.Time
+	}
 	if b.Modified {
 		text += " (modified)"
 	}
