@@ -102,8 +102,7 @@ func TestATextIsNotTakenWhileNoKeyCanBeKept(t *testing.T) {
 	}
 }
 
-// A ledger of before v0.2 has keys under the entry's ID, and boxes that name
-// none.
+// Keys used to lie under the entry's ID, and boxes to name none.
 func TestATextWhoseBoxNamesNoKeyIsOpenedAndErased(t *testing.T) {
 	onBoth(t, func(t *testing.T, on engineName) {
 		f := newFixtureOn(t, on)

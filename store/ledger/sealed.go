@@ -57,8 +57,8 @@ func boxContext(key, id, field string) []byte {
 }
 
 // keyNames are the names under which the key of box, of the entry with id, may
-// lie in the keys file: its own, or the entry's in ledgers of before v0.2, whose
-// boxes name no key.
+// lie in the keys file: its own, or the entry's, as it was while boxes named no
+// key.
 func keyNames(box []byte, id string) []string {
 	if len(box) < len(uuid.UUID{}) {
 		return []string{id}
