@@ -46,10 +46,9 @@ static: BIN ?= bin/countersign-static
 static: compiler
 	$(GO) build -trimpath -buildvcs=auto -tags netgo,osusergo -ldflags '-s -w -buildid= -linkmode external -extldflags "-static -Wl,--build-id=none"' -o $(BIN) ./cmd/countersign
 
-## sbom: what the program is made of, as CycloneDX JSON, at bin/countersign.cdx.json
-sbom:
-	@mkdir -p bin
-	$(GO) run $(CYCLONEDX) app -json -licenses -main cmd/countersign -output bin/countersign.cdx.json
+## sbom: what the static program is made of, as CycloneDX JSON, at bin/countersign.cdx.json
+sbom: static
+	$(GO) run $(CYCLONEDX) bin -json -output bin/countersign.cdx.json bin/countersign-static
 
 ## demo: a real flow against a real Vault and PostgreSQL, told as a story
 demo: servers vault build
