@@ -54,9 +54,7 @@ func (d *doctor) record(ctx context.Context, c *recordConfig) {
 	d.approval(ctx, c)
 	d.witnesses(ctx, c)
 	d.vaultAudit(ctx, c.VaultAudit)
-	if c.Metrics != "" && !loopback(c.Metrics) {
-		d.warn("metrics-open", "metrics_addr "+c.Metrics, "can be reached from elsewhere, and asks nobody who they are")
-	}
+	d.seeing(c.Metrics, c.Tracing)
 }
 
 func (d *doctor) directories(c *recordConfig) {
@@ -242,7 +240,11 @@ func (d *doctor) slack(ctx context.Context, s *slackConfig) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, probeWithin)
 	defer cancel()
-	who, err := slackgo.New(token, slackgo.OptionAPIURL(at), slackgo.OptionHTTPClient(&http.Client{Timeout: probeWithin})).AuthTestContext(ctx)
+	who, err := slackgo.New(token, slackgo.OptionAPIURL(at), slackgo.OptionHTTPClient(&http.Client{
+		Timeout: probeWithin,
+		// A redirect would carry the token elsewhere.
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	})).AuthTestContext(ctx)
 	switch {
 	case err != nil:
 		d.fault("slack-token", "approval.slack.token_file", "%v", err)

@@ -67,6 +67,17 @@ func (d *doctor) serve(ctx context.Context, c *serveConfig) {
 	}
 	d.redis(ctx, c)
 	d.gateway(ctx, c, set)
+	d.seeing(c.Metrics, c.Tracing)
+}
+
+// seeing looks at where metrics and traces go.
+func (d *doctor) seeing(metrics string, t *tracingConfig) {
+	if metrics != "" && !loopback(metrics) {
+		d.warn("metrics-open", "metrics_addr "+metrics, "can be reached from elsewhere, and asks nobody who they are")
+	}
+	if t != nil {
+		d.secret("tracing.headers_file", t.Headers)
+	}
 }
 
 func hostOf(raw string) string {
@@ -323,6 +334,8 @@ func (d *doctor) recorder(ctx context.Context, c *recorderConfig) {
 	if !date.IsZero() {
 		d.clock("recorder", before, date, time.Second)
 	}
+	ctx, cancel := context.WithTimeout(ctx, probeWithin)
+	defer cancel()
 	a, err := r.Open(ctx, "")
 	switch {
 	case err == nil:

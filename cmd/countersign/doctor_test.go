@@ -26,6 +26,7 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/redis/go-redis/v9"
 	"go.uber.org/zap"
+	"golang.org/x/mod/sumdb/note"
 
 	"github.com/countersign-dev/countersign/issuer"
 	"github.com/countersign-dev/countersign/issuer/vaulttest"
@@ -505,6 +506,8 @@ func TestDoctorFindsEachMisconfigurationAndIsSilentWhereThereIsNone(t *testing.T
 		{"vault-audit-log", levelFault, "record", []string{"DIR/audit.log", "DIR/nowhere.log"}, nil},
 		{"vault-audit-log", levelFault, "record", []string{"DIR/hash-token", "DIR/vault-token"}, nil},
 		{"metrics-open", levelWarning, "record", []string{"log_key:", "metrics_addr: 0.0.0.0:9091\nlog_key:"}, nil},
+		{"metrics-open", levelWarning, "serve", []string{"trust_domain:", "metrics_addr: 0.0.0.0:9090\ntrust_domain:"}, nil},
+		{"secret-file", levelFault, "serve", []string{"trust_domain:", "tracing: {otlp_endpoint: \"https://collector.example\", headers_file: DIR/nowhere}\ntrust_domain:"}, nil},
 
 		{"postgres", levelFault, "record", []string{"DIR/ledger.dsn", "DIR/away.dsn"}, nil},
 		{"postgres-durable", levelFault, "record", []string{"DIR/ledger.dsn", "DIR/volatile.dsn"}, nil},
@@ -573,5 +576,49 @@ func (c *clinic) redisSet(key, value, after string) func(*testing.T, *doctor) {
 	return func(t *testing.T, _ *doctor) {
 		must(t, c.redis.ConfigSet(context.Background(), key, value).Err())
 		t.Cleanup(func() { must(t, c.redis.ConfigSet(context.Background(), key, after).Err()) })
+	}
+}
+
+func TestDoctorFollowsNoRedirectWithAToken(t *testing.T) {
+	t.Parallel()
+	asked := make(chan string, 1)
+	elsewhere := serveTest(t, func(w http.ResponseWriter, r *http.Request) { asked <- r.URL.Path })
+	slack := serveTest(t, func(w http.ResponseWriter, r *http.Request) {
+		http.Redirect(w, r, elsewhere+"/taken", http.StatusTemporaryRedirect)
+	})
+	c := &clinic{t: t, dir: t.TempDir()}
+	d := newDoctor()
+	d.slack(t.Context(), &slackConfig{Token: c.write("token", "xoxb-1"), SigningSecret: c.write("secret", "x"), APIURL: slack, Team: "T1"})
+	if f := d.findings[len(d.findings)-1]; f.Check != "slack-token" || f.Level != levelFault {
+		t.Errorf("%+v", f)
+	}
+	select {
+	case path := <-asked:
+		t.Errorf("the token went on to %s", path)
+	default:
+	}
+}
+
+// A recorder that is up and does not answer takes its own time, and not that of
+// the checks after it.
+func TestDoctorWaitsForNoServerForLong(t *testing.T) {
+	t.Parallel()
+	url := serveTest(t, func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path != "/readyz" {
+			<-r.Context().Done()
+		}
+	})
+	c := &clinic{t: t, dir: t.TempDir()}
+	_, vkey, err := note.GenerateKey(rand.Reader, "ledger.example/log")
+	must(t, err)
+	d, began := newDoctor(), time.Now()
+	ctx, cancel := context.WithTimeout(t.Context(), 8*probeWithin)
+	defer cancel()
+	d.recorder(ctx, &recorderConfig{URL: url, Writer: "broker-1", Token: c.write("token", "x"), LogKey: vkey})
+	if took := time.Since(began); took > 2*probeWithin {
+		t.Errorf("it took %s", took)
+	}
+	if f := d.findings[len(d.findings)-1]; f.Check != "recorder" || f.Level != levelFault {
+		t.Errorf("%+v", f)
 	}
 }

@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -22,8 +23,11 @@ import (
 	dto "github.com/prometheus/client_model/go"
 	"github.com/prometheus/common/expfmt"
 	"github.com/prometheus/common/model"
+	sdktrace "go.opentelemetry.io/otel/sdk/trace"
+	"go.opentelemetry.io/otel/sdk/trace/tracetest"
 	otlptrace "go.opentelemetry.io/proto/otlp/collector/trace/v1"
 	tracev1 "go.opentelemetry.io/proto/otlp/trace/v1"
+	"go.uber.org/zap"
 	"google.golang.org/protobuf/proto"
 )
 
@@ -590,6 +594,54 @@ func TestATracingSectionThatWouldSendSecretsInTheClearIsRefused(t *testing.T) {
 		got, err := readHeaders(file)
 		if (err == nil) != ok || ok && (got["A"] != "b" || got["C-D"] != "e: f") {
 			t.Errorf("%q: %v %v", text, got, err)
+		}
+	}
+}
+
+// A collector's token is in a header of the house's choice, which net/http would
+// carry to wherever a redirect leads.
+func TestSpansAndTheCollectorsTokenFollowNoRedirect(t *testing.T) {
+	var taken atomic.Int64
+	elsewhere := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { taken.Add(1) }))
+	defer elsewhere.Close()
+	var asked atomic.Int64
+	collector := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		asked.Add(1)
+		http.Redirect(w, r, elsewhere.URL, http.StatusTemporaryRedirect)
+	}))
+	defer collector.Close()
+	file := filepath.Join(t.TempDir(), "headers")
+	must(t, os.WriteFile(file, []byte("X-Team: planted"), 0o600))
+	tr, err := (&tracingConfig{Endpoint: collector.URL, Headers: file}).open(t.Context(), "serve", "b", zap.NewNop())
+	must(t, err)
+	_, end := tr.span(t.Context(), "x")
+	end(nil)
+	tr.close()
+	if asked.Load() == 0 || taken.Load() != 0 {
+		t.Errorf("the collector was asked %d times, and where it leads to %d times", asked.Load(), taken.Load())
+	}
+}
+
+func TestWhatACallerChoosesStandsInNoSpan(t *testing.T) {
+	spans := tracetest.NewInMemoryExporter()
+	tr := newTracing("serve", "b", 1, sdktrace.WithSyncer(spans))
+	next := watched(newPlainHouse(t).handler("serve"), "api", nil, tr)
+	for _, method := range []string{"PLANTED", "GET"} {
+		for _, target := range []string{"/planted", "/requests/planted?planted"} {
+			r := httptest.NewRequestWithContext(t.Context(), method, target, nil)
+			r.Header.Set("Tracestate", "planted=1")
+			r.Header.Set("User-Agent", "planted")
+			r.Header.Set("X-Request-Id", strings.Repeat("planted ", 1000))
+			next.ServeHTTP(httptest.NewRecorder(), r)
+		}
+	}
+	got := spans.GetSpans()
+	if len(got) != 4 {
+		t.Errorf("%d spans", len(got))
+	}
+	for _, s := range got {
+		if text := strings.ToLower(fmt.Sprint(s.Name, s.Attributes, s.Status, s.SpanContext.TraceState())); strings.Contains(text, "planted") {
+			t.Errorf("a span holds what the caller chose: %s", text)
 		}
 	}
 }

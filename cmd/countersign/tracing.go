@@ -90,7 +90,11 @@ func (c *tracingConfig) open(ctx context.Context, process, instance string, log 
 		}
 	}
 	exporter, err := otlptracehttp.New(ctx, otlptracehttp.WithEndpointURL(u.String()), otlptracehttp.WithHeaders(headers),
-		otlptracehttp.WithHTTPClient(&http.Client{Transport: roots.Transport(transport), Timeout: 10 * time.Second}))
+		otlptracehttp.WithHTTPClient(&http.Client{
+			Transport: roots.Transport(transport), Timeout: 10 * time.Second,
+			// A redirect would carry the collector's token elsewhere.
+			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+		}))
 	if err != nil {
 		return nil, fmt.Errorf("tracing: %w", err)
 	}
@@ -267,11 +271,21 @@ func watched(next http.Handler, listener string, m *metrics, t *tracing) http.Ha
 		ctx := server.Observe(r.Context(), seen)
 		if t != nil && !unseen(r.URL.Path) {
 			var span trace.Span
-			ctx, span = t.tracer.Start(extract(ctx, r.Header), r.Method, trace.WithSpanKind(trace.SpanKindServer))
+			ctx, span = t.tracer.Start(extract(ctx, r.Header), spanMethod(r.Method), trace.WithSpanKind(trace.SpanKindServer))
 			defer span.End()
 		}
 		next.ServeHTTP(w, r.WithContext(ctx))
 	})
+}
+
+// spanMethod keeps what a caller may invent as a method out of spans, in
+// OpenTelemetry's word for it (semantic conventions, http.request.method).
+func spanMethod(m string) string {
+	switch m {
+	case http.MethodGet, http.MethodHead, http.MethodPost, http.MethodPut, http.MethodPatch, http.MethodDelete, http.MethodOptions:
+		return m
+	}
+	return "_OTHER"
 }
 
 // unseen are paths that load balancers ask for all the time.
@@ -284,9 +298,9 @@ func (t *tracing) answered(ctx context.Context, c server.Call) {
 	}
 	span := trace.SpanFromContext(ctx)
 	if c.Route != "" {
-		span.SetName(c.Method + " " + c.Route)
+		span.SetName(spanMethod(c.Method) + " " + c.Route)
 	}
-	span.SetAttributes(attribute.String("http.request.method", c.Method), attribute.String("http.route", c.Route),
+	span.SetAttributes(attribute.String("http.request.method", spanMethod(c.Method)), attribute.String("http.route", c.Route),
 		attribute.Int("http.response.status_code", c.Status), attribute.String("countersign.request_id", c.RequestID))
 	if c.Problem != "" {
 		span.SetAttributes(attribute.String("countersign.problem", c.Problem))
