@@ -338,3 +338,30 @@ func TestABrokerThatStartsUnderAFreezeRevokesWhatItCovers(t *testing.T) {
 		t.Error("it was minted")
 	}
 }
+
+func TestWhatAFreezeCondemnedIsRevokedThoughItWasLiftedWhileNobodyLooked(t *testing.T) {
+	w := newWorld(t)
+	w.redis = redistest.Start(t)
+	old := w.start("broker-1")
+	run := run1()
+	first, err := old.Request(t.Context(), demoCaller, ask(run))
+	ok(t, err)
+	ok(t, old.Close())
+	w.lift(w.freeze(store.FreezeDetails{Run: run}))
+	b := w.start("broker-2")
+	w.until("revoked", func() bool { return w.revokedAs(store.CauseFrozen) == 1 })
+	if alive(t, first.Credential.Token) {
+		t.Error("it is alive")
+	}
+	// What is asked for after the end of the freeze is none of its business.
+	again, err := b.Request(t.Context(), demoCaller, ask(run))
+	ok(t, err)
+	ok(t, b.Close())
+	c := w.start("broker-3")
+	if _, err = c.Request(t.Context(), demoCaller, ask(run, stepped(2))); err != nil {
+		t.Fatal(err)
+	}
+	if !alive(t, again.Credential.Token) || w.revokedAs(store.CauseFrozen) != 1 {
+		t.Error("what came after the freeze was revoked")
+	}
+}

@@ -88,13 +88,14 @@ type FrozenDetails struct {
 	Freeze string `json:"freeze"` // entry ID of freeze.set
 }
 
-// Freeze is a freeze in force.
+// Freeze is a freeze, in force or lifted.
 type Freeze struct {
 	ID    string // entry ID of freeze.set, by which people name it
 	Index int64  // of freeze.set
 	FreezeDetails
 	Time   Time   // since when
 	Person string // pseudonym of who set it
+	Lifted int64  // index of freeze.lifted; 0 while in force
 }
 
 // Freezes returns the freezes in force, oldest first.
@@ -105,6 +106,16 @@ func (s *State) Freezes() []Freeze {
 	}
 	slices.SortFunc(out, func(a, b Freeze) int { return cmp.Compare(a.Index, b.Index) })
 	return out
+}
+
+// Lifted returns the freezes that were lifted, in the order in which they were:
+// what they condemned is to be revoked all the same.
+func (s *State) Lifted() []Freeze { return slices.Clone(s.lifted) }
+
+// Condemns reports whether r has a credential, or is about to have one, that f
+// covered when it was set.
+func (f *Freeze) Condemns(r *Request) bool {
+	return (r.Live || r.Minting) && r.IntentIndex < f.Index && f.Covers(r.Orchestrator, r.Run, r.Step, r.Scope)
 }
 
 // Frozen returns a freeze in force that covers a request of these, the oldest
@@ -169,7 +180,7 @@ func (b *Batch) setFreeze(e *Entry, index int64) error {
 }
 
 // liftFreeze takes freeze.lifted.
-func (b *Batch) liftFreeze(e *Entry) error {
+func (b *Batch) liftFreeze(e *Entry, index int64) error {
 	d, err := DetailsAs[FreezeLiftedDetails](e)
 	if err != nil {
 		return err
@@ -177,12 +188,16 @@ func (b *Batch) liftFreeze(e *Entry) error {
 	if e.Person == nil || *e.Person == "" {
 		return fmt.Errorf("%w: freeze.lifted must name a person", ErrMalformed)
 	}
-	switch f := b.freeze(d.Freeze); {
+	f := b.freeze(d.Freeze)
+	switch {
 	case f == nil:
 		return &OrderError{Code: OrderNotFrozen, Message: fmt.Sprintf("freeze %.100q is not in force", d.Freeze)}
 	case f.Person == *e.Person:
 		return &OrderError{Code: OrderLifter, Message: "a freeze is lifted by another person than the one who set it"}
 	}
+	lifted := *f
+	lifted.Lifted = index
+	b.lifted = append(b.lifted, lifted)
 	b.changeFreeze(d.Freeze, nil)
 	return nil
 }
@@ -197,6 +212,7 @@ func (b *Batch) changeFreeze(id string, f *Freeze) {
 
 // commitFreezes makes the batch's freezes those of the State.
 func (b *Batch) commitFreezes() {
+	b.s.lifted = append(b.s.lifted, b.lifted...)
 	for id, f := range b.freezes {
 		if f == nil {
 			delete(b.s.freezes, id)
@@ -219,7 +235,7 @@ func (s *State) LoadFreeze(e *Entry, index int64) error {
 	case FreezeSet:
 		err = b.setFreeze(e, index)
 	case FreezeLifted:
-		err = b.liftFreeze(e)
+		err = b.liftFreeze(e, index)
 	}
 	if err == nil {
 		b.commitFreezes()

@@ -175,6 +175,7 @@ type State struct {
 	requests map[string]*Request
 	joins    map[string]string // join to request ID
 	freezes  map[string]*Freeze
+	lifted   []Freeze
 }
 
 // NewState returns a State in which nothing is open.
@@ -219,6 +220,7 @@ type Batch struct {
 	touched map[string]*Request // nil: forgotten
 	joins   map[string]string   // empty: freed
 	freezes map[string]*Freeze  // nil: lifted
+	lifted  []Freeze
 }
 
 // Begin starts a batch against s. Nothing in s changes before Commit.
@@ -331,7 +333,7 @@ func (b *Batch) Admit(e *Entry, leaf []byte, index int64, byRecorder bool) error
 	case FreezeSet:
 		return b.setFreeze(e, index)
 	case FreezeLifted:
-		return b.liftFreeze(e)
+		return b.liftFreeze(e, index)
 	}
 	return nil
 }

@@ -85,7 +85,7 @@ func (l *Ledger) start(ctx context.Context) error {
 	if w.state, err = l.readState(ctx, w.conn, rs); err != nil {
 		return err
 	}
-	w.front, w.last, l.freezes = p.front, p.last, w.state.Freezes()
+	w.front, w.last, l.freezes, l.lifted = p.front, p.last, w.state.Freezes(), w.state.Lifted()
 	for _, r := range rs {
 		l.open[r.ID] = r
 	}

@@ -610,7 +610,7 @@ func (l *Ledger) committed(p *pending, nodes [][]byte, h *head) {
 		l.recent = append([]store.Proven(nil), l.recent[len(l.recent)-keepRecent:]...)
 	}
 	if p.freezes {
-		l.freezes = l.wr.state.Freezes()
+		l.freezes, l.lifted = l.wr.state.Freezes(), l.wr.state.Lifted()
 	}
 	l.head.Store(h)
 	close(l.grown)

@@ -3,6 +3,7 @@ package ledger
 import (
 	"context"
 	"fmt"
+	"path/filepath"
 	"sync"
 	"testing"
 	"time"
@@ -226,4 +227,64 @@ func TestAFreezeTakenOutOfTheLogStopsTheLedger(t *testing.T) {
 			})
 		}
 	})
+}
+
+func TestARecorderThatTakesOverHoldsToTheFreezesInForceAndNamesThoseThatAreNotDoneYet(t *testing.T) {
+	f := newFixtureOn(t, onPostgres)
+	f.o.Now = time.Now
+	l := f.open()
+	ended, live, later := f.story("req_1", false), f.story("req_2", false), f.story("req_3", false)
+	intents := map[string]*store.Submission{}
+	hand := func(l *Ledger, s *story) {
+		t.Helper()
+		intent := s.issuing(1)
+		f.append(l, s.requested(), intent)
+		f.append(l, s.issued(intent, 1))
+		intents[s.id] = intent
+	}
+	hand(l, ended)
+	hand(l, live)
+	over, done := freeze("p-ana", store.FreezeDetails{Run: "run-req_2"}), freeze("p-ana", store.FreezeDetails{Run: "run-req_1"})
+	f.record(l, over)                                                       // 6
+	f.record(l, done)                                                       // 7
+	f.record(l, lift("p-ben", over.ID))                                     // 8
+	f.record(l, lift("p-ben", done.ID))                                     // 9
+	f.append(l, ended.closed(store.CredentialRevoked, intents["req_1"], 1)) // 10
+	hand(l, later)                                                          // 11 to 13
+	holds := freeze("p-ana", store.FreezeDetails{Step: "step-req_4"})
+	f.record(l, holds) // 14
+
+	other := f.beside()
+	other.o.Dir, other.o.Standby = t.TempDir(), true
+	copyFile(t, filepath.Join(f.o.Dir, "head"), filepath.Join(other.o.Dir, "head"))
+	check := func(l *Ledger, want string) {
+		t.Helper()
+		open, err := l.OpenSet(t.Context(), "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		f.check(open)
+		if got := fmt.Sprint(indexes(open)); got != want {
+			t.Fatalf("writers see %s as open, want %s", got, want)
+		}
+	}
+	check(l, "[3 4 5 6 8 11 12 13 14]")
+	opened := other.opening()
+	if err := query(f.superuser(), "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' AND granted AND objid = hashtext('"+f.postgres().schema+"')::oid"); err != nil {
+		t.Fatal(err)
+	}
+	f.lost(l)
+	l = f.opened(opened)
+	check(l, "[3 4 5 6 8 11 12 13 14]")
+	under := f.story("req_4", false)
+	if _, err := l.Append(t.Context(), broker, wire(t, under.requested(), under.issuing(1))); !isOrder(err, store.OrderFrozen) {
+		t.Fatalf("a request under the freeze: %v", err)
+	}
+	if _, err := l.Append(t.Context(), recorder, wire(t, lift("p-ana", holds.ID))); !isOrder(err, store.OrderLifter) {
+		t.Fatalf("lifted by who set it: %v", err)
+	}
+	f.append(l, live.closed(store.CredentialRevoked, intents["req_2"], 1))
+	check(l, "[11 12 13 14]")
+	f.record(l, lift("p-ben", holds.ID))
+	check(l, "[11 12 13]")
 }

@@ -147,6 +147,7 @@ type Ledger struct {
 	mu      sync.RWMutex              // guards what follows, and that head belongs to it
 	open    map[string]*store.Request // store.State's requests as of head; values are never changed
 	freezes []store.Freeze            // in force as of head, oldest first; replaced, never changed
+	lifted  []store.Freeze            // as of head; likewise
 	recent  []store.Proven            // newest entries that writers may follow, without proofs
 	recentN int64                     // recent is complete from this index on
 	grown   chan struct{}             // closed and replaced by each commit
@@ -419,7 +420,7 @@ func (l *Ledger) headLoop() {
 // order of their step.requested, and the freezes in force, oldest first. None of
 // it may be changed.
 func (l *Ledger) Standing() (size int64, requests []*store.Request, freezes []store.Freeze) {
-	h, rs, fs := l.snapshot()
+	h, rs, fs, _ := l.snapshot()
 	return h.size, rs, fs
 }
 
@@ -438,8 +439,9 @@ func (l *Ledger) snapshotOf(request string) (*head, []*store.Request) {
 	return l.head.Load(), rs
 }
 
-// snapshot returns the head, and the requests and freezes that belong to it.
-func (l *Ledger) snapshot() (*head, []*store.Request, []store.Freeze) {
+// snapshot returns the head, and the requests and freezes that belong to it: those
+// in force and those lifted.
+func (l *Ledger) snapshot() (_ *head, _ []*store.Request, inForce, lifted []store.Freeze) {
 	l.mu.RLock()
 	defer l.mu.RUnlock()
 	rs := make([]*store.Request, 0, len(l.open))
@@ -447,5 +449,5 @@ func (l *Ledger) snapshot() (*head, []*store.Request, []store.Freeze) {
 		rs = append(rs, r)
 	}
 	slices.SortFunc(rs, func(a, b *store.Request) int { return int(a.Requested - b.Requested) })
-	return l.head.Load(), rs, l.freezes
+	return l.head.Load(), rs, l.freezes, l.lifted
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"database/sql"
 	"fmt"
+	"math"
 	"slices"
 	"sort"
 
@@ -20,7 +21,8 @@ const followAtMost = 256
 // OpenSet returns the entries of what is open, ascending, with proofs under one
 // head: of each open request its step.requested, what people were asked and their
 // decisions, its intents and their outcomes; of those who decided, their passkeys;
-// and the freezes in force.
+// the freezes in force, and those lifted that condemned a credential which is not
+// ended yet, each with its end.
 // With a request named it returns that one alone, also where it is closed and
 // only its idempotency key is remembered; none where it is neither.
 func (l *Ledger) OpenSet(ctx context.Context, request string) (*store.Appended, error) {
@@ -28,11 +30,12 @@ func (l *Ledger) OpenSet(ctx context.Context, request string) (*store.Appended, 
 	var rs []*store.Request
 	var idx []int64
 	if request == "" {
-		var freezes []store.Freeze
-		h, rs, freezes = l.snapshot()
+		var freezes, lifted []store.Freeze
+		h, rs, freezes, lifted = l.snapshot()
 		for _, f := range freezes {
 			idx = append(idx, f.Index)
 		}
+		idx = append(idx, unfinished(lifted, rs)...)
 	} else {
 		h, rs = l.snapshotOf(request)
 	}
@@ -90,6 +93,25 @@ func (l *Ledger) OpenSet(ctx context.Context, request string) (*store.Appended, 
 		return nil, l.readErr(err)
 	}
 	return a, nil
+}
+
+// unfinished are the indexes of what set and lifted those of lifted that
+// condemned a credential of rs.
+func unfinished(lifted []store.Freeze, rs []*store.Request) (idx []int64) {
+	var live []*store.Request
+	oldest := int64(math.MaxInt64) // intent
+	for _, r := range rs {
+		if r.Live || r.Minting {
+			live, oldest = append(live, r), min(oldest, r.IntentIndex)
+		}
+	}
+	for i := range lifted {
+		f := &lifted[i]
+		if f.Index > oldest && slices.ContainsFunc(live, f.Condemns) {
+			idx = append(idx, f.Index, f.Lifted)
+		}
+	}
+	return idx
 }
 
 // Leaves reads the entries with the given indexes, ascending and each once.
