@@ -348,6 +348,8 @@ func (b *Broker) failed(p *plan, m mint, cause error) error {
 	switch {
 	case errors.Is(told, issuer.ErrVaultUnavailable), errors.Is(told, issuer.ErrVaultRefused):
 		slug = "vault-unavailable"
+	case errors.Is(told, store.ErrUnavailable):
+		slug = "ledger-unavailable"
 	}
 	stage := issuer.Stage(cause)
 	if stage == "" {
@@ -470,7 +472,15 @@ func (b *Broker) retry(ctx context.Context, p *plan, r *store.Request) (*Reply, 
 		if at.IsZero() || !p.ask.Arrived.After(at) {
 			return nil, ErrClosed
 		}
-	} else if !p.ask.Arrived.After(r.IssuedAt.Add(otherBroker)) {
+	} else if !b.cameAfter(p.ask.Arrived, r) {
+		// The next call comes after it.
+		select {
+		case <-time.After(min(p.ask.Wait, otherBroker)):
+		case <-b.draining:
+			return nil, ErrShuttingDown
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
 		return &Reply{Request: r.ID, Status: store.StatusApproved}, nil
 	}
 	app, err := b.Recorder.Open(ctx, r.ID)
@@ -546,6 +556,17 @@ func (b *Broker) retry(ctx context.Context, p *plan, r *store.Request) (*Reply, 
 		warrant: store.Warrant{Request: *request, Intent: done.Receipt(len(subs) - 1), Approval: rests.proof()}})
 }
 
+// cameAfter reports whether a call that arrived then came after r, which another
+// broker answered, was issued: by the recorder's clock, or, which may have been
+// fast, by when this broker heard of it, which was no earlier than it was issued.
+func (b *Broker) cameAfter(arrived time.Time, r *store.Request) bool {
+	if arrived.After(r.IssuedAt.Add(otherBroker)) {
+		return true
+	}
+	t, ok := b.index.get(r.ID)
+	return ok && t.intent == r.Intent && !t.heard.IsZero() && arrived.After(t.heard.Add(otherBroker))
+}
+
 // submission starts an entry of type t that repeats the story of its request.
 func (b *Broker) submission(t store.Type, story *store.Entry) *store.Submission {
 	s := &store.Submission{Entry: store.Entry{
@@ -563,6 +584,10 @@ func (b *Broker) append(ctx context.Context, subs ...*store.Submission) (*store.
 	app, err := b.Recorder.Append(ctx, subs...)
 	if weak, ok := store.IsOrder(err, store.OrderWeak); ok {
 		b.Log.Warn("the recorder's catalogue or owners differ from this broker's", zap.String("scope", subs[0].Action), zap.String("recorder", weak.Message))
+	}
+	if apart, ok := store.IsOrder(err, store.OrderClock); ok {
+		// Nothing is wrong with the request, and it can be made again.
+		return nil, fmt.Errorf("%w: %s", store.ErrUnavailable, apart.Message)
 	}
 	if err != nil {
 		return nil, unavailable(err)

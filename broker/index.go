@@ -27,6 +27,7 @@ type tracked struct {
 	live     bool
 	issued   store.IssuedDetails // of the latest credential.issued
 	issuedAt time.Time           // of the latest credential.issued
+	heard    time.Time           // when it came here, by this broker's clock
 	cause    string              // why the latest credential was closed
 	last     int64               // index of the latest entry applied
 	gone     bool                // closed; kept until the follower has passed it
@@ -256,7 +257,7 @@ func (x *index) one(e *store.Entry, at int64) {
 		}
 	case store.CredentialIssued:
 		if d, err := store.DetailsAs[store.IssuedDetails](e); err == nil {
-			t.minting, t.live, t.issued, t.issuedAt, t.status, t.cause = false, true, d, e.Time.Time, store.StatusIssued, ""
+			t.minting, t.live, t.issued, t.issuedAt, t.heard, t.status, t.cause = false, true, d, e.Time.Time, x.now(), store.StatusIssued, ""
 			if d.Serial != "" {
 				x.serials[d.Serial] = e.Request
 			}

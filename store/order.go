@@ -131,6 +131,7 @@ const (
 	OrderOutcome   OrderCode = "outcome"        // the intent has an outcome, or is another's
 	OrderNotLive   OrderCode = "not-live"       // the credential is closed or was never issued
 	OrderMismatch  OrderCode = "mismatch"       // the entry contradicts the request it names
+	OrderClock     OrderCode = "clock"          // the writer's clock and the recorder's are too far apart
 	OrderWeak      OrderCode = "rule-weaker"    // the catalogue of the recorder asks for more people than the entry
 	OrderSelf      OrderCode = "self-approval"  // the person is on the requester's side
 	OrderApprover  OrderCode = "not-approver"   // the person is in no group of the rule
@@ -620,8 +621,10 @@ func (b *Batch) issuing(e *Entry, index int64) error {
 		return fail(OrderMismatch, "the intent grants something other than what was requested")
 	case d.Attempt != r.Attempt+1:
 		return fail(OrderAttempt, fmt.Sprintf("attempt %d does not follow attempt %d", d.Attempt, r.Attempt))
-	case d.NotPast.IsZero() || d.NotPast.After(e.Time.Add(time.Duration(r.TTL)+time.Minute)):
-		return fail(OrderMismatch, "the intent ends later than what was requested")
+	case d.NotPast.IsZero():
+		return fail(OrderMismatch, "the intent has no end")
+	case d.NotPast.After(e.Time.Add(time.Duration(r.TTL) + time.Minute)):
+		return fail(OrderClock, fmt.Sprintf("the intent ends %s later than what was requested: compare the clocks of recorder and broker", d.NotPast.Sub(e.Time.Add(time.Duration(r.TTL))).Round(time.Second)))
 	case r.Attempt == 0 && r.Status != StatusApproved:
 		return fail(OrderNotOpen, "request "+r.ID+" is "+string(r.Status))
 	case r.Attempt == 0 && r.Pending != nil && !e.Time.Before(r.Pending.Expires.Time):

@@ -297,7 +297,11 @@ func TestAnIntentMustMatchItsRequest(t *testing.T) {
 			p := newPlay(t)
 			e := p.issuing("req_1", 1)
 			alter(p, e)
-			p.refused(OrderMismatch, requestedBy("req_1", "j", false), e)
+			want := OrderMismatch
+			if name == "a later end" {
+				want = OrderClock // it may be no more than that
+			}
+			p.refused(want, requestedBy("req_1", "j", false), e)
 		})
 	}
 	p := newPlay(t)

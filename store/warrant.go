@@ -43,7 +43,8 @@ type Warranted struct {
 }
 
 // Verify checks the proofs of w against the log's key and its entries against
-// each other, at now. Errors wrap ErrWarrant. It does not know the catalogue:
+// each other, at now. Errors wrap ErrWarrant, and ErrUnavailable too where the
+// intent is not of now: by the clocks nobody can say what it allows. It does not know the catalogue:
 // whether the grant is what the scope gives is the issuer's to check, and so is
 // that no intent is used twice.
 func (w *Warrant) Verify(log *LogVerifier, now time.Time) (*Warranted, error) {
@@ -86,9 +87,9 @@ func (w *Warrant) Verify(log *LogVerifier, now time.Time) (*Warranted, error) {
 	case id.Grant != rd.Grant.Digest():
 		return refuse("the intent grants something other than what was requested")
 	case age > MaxIntentAge:
-		return refuse("the intent is %s old, at most %s", age.Round(time.Millisecond), MaxIntentAge)
+		return refuse("%w: the intent is %s old, at most %s: compare the clocks of recorder and broker", ErrUnavailable, age.Round(time.Millisecond), MaxIntentAge)
 	case age < -MaxIntentAge:
-		return refuse("the intent lies %s in the future: compare the clocks of recorder and broker", (-age).Round(time.Millisecond))
+		return refuse("%w: the intent lies %s in the future, at most %s: compare the clocks of recorder and broker", ErrUnavailable, (-age).Round(time.Millisecond), MaxIntentAge)
 	case !id.NotPast.After(now):
 		return refuse("the credential would have ended already")
 	}
