@@ -189,6 +189,25 @@ func TestAnAuthorityThatIsTakenAwayCountsOnAnOpenConnection(t *testing.T) {
 	if status, _ := c.get(t, client, ""); status != 200 {
 		t.Fatal(status)
 	}
+	// Another takes up its TLS session (RFC 8446, section 2.2) on new connections.
+	again := c.client(t, c.issue(t, "", "spiffe://example.org/ci"))
+	tr, resumed := again.Transport.(*http.Transport), 0
+	tr.TLSClientConfig.ClientSessionCache = tls.NewLRUClientSessionCache(1)
+	tr.TLSClientConfig.VerifyConnection = func(s tls.ConnectionState) error {
+		if s.DidResume {
+			resumed++
+		}
+		return nil
+	}
+	for range 3 {
+		if status, _ := c.get(t, again, ""); status != 200 {
+			t.Fatal(status)
+		}
+		tr.CloseIdleConnections()
+	}
+	if resumed == 0 {
+		t.Error("no TLS session was resumed")
+	}
 	next := trusttest.NewCA(t)
 	trusttest.WriteCAs(t, c.bundle, c.ca.Cert, next.Cert)
 	c.now = c.now.Add(2 * time.Second)
@@ -200,8 +219,10 @@ func TestAnAuthorityThatIsTakenAwayCountsOnAnOpenConnection(t *testing.T) {
 	}
 	trusttest.WriteCAs(t, c.bundle, next.Cert)
 	c.now = c.now.Add(2 * time.Second)
-	if status, _ := c.get(t, client, ""); status != 401 {
-		t.Errorf("%d by an authority that counts no more", status)
+	for _, x := range []*http.Client{client, again} {
+		if status, _ := c.get(t, x, ""); status != 401 {
+			t.Errorf("%d by an authority that counts no more", status)
+		}
 	}
 	if status, _ := c.get(t, renewed, ""); status != 200 {
 		t.Errorf("%d by the authority that counts", status)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"slices"
 	"strings"
@@ -235,8 +236,18 @@ func (d *doctor) secret(key, path string) {
 		return
 	}
 	info, err := os.Stat(path)
-	if err == nil && info.Mode().Perm()&0o077 != 0 {
-		d.fault("secret-open", what, "may be read by others (mode %04o)", info.Mode().Perm())
+	if err != nil {
+		return
+	}
+	// What root gives to a group is the group's on purpose: so Kubernetes (fsGroup)
+	// and systemd (LoadCredential, whose list shows as the group's rights) hand
+	// over secrets.
+	mine := fs.FileMode(0o077)
+	if owner, ok := info.Sys().(*syscall.Stat_t); ok && owner.Uid == 0 {
+		mine = 0o037
+	}
+	if mode := info.Mode().Perm(); mode&mine != 0 {
+		d.fault("secret-open", what, "may be read by others (mode %04o)", mode)
 	}
 }
 

@@ -622,3 +622,23 @@ func TestDoctorWaitsForNoServerForLong(t *testing.T) {
 		t.Errorf("%+v", f)
 	}
 }
+
+func TestASecretIsForItsOwnerAndForWhomRootGaveItTo(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("files of other owners are made by root alone")
+	}
+	for _, x := range []struct {
+		uid  int
+		mode os.FileMode
+		open bool
+	}{{0, 0o400, false}, {0, 0o440, false}, {0, 0o460, true}, {0, 0o444, true}, {65532, 0o400, false}, {65532, 0o440, true}} {
+		file := filepath.Join(t.TempDir(), "key")
+		must(t, os.WriteFile(file, []byte("x"), 0o600))
+		must(t, errors.Join(os.Chown(file, x.uid, 65532), os.Chmod(file, x.mode)))
+		d := newDoctor()
+		d.secret("key", file)
+		if last := d.findings[len(d.findings)-1]; (last.Check == "secret-open") != x.open {
+			t.Errorf("of %d, mode %04o: %+v", x.uid, x.mode, last)
+		}
+	}
+}
