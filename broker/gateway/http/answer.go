@@ -15,6 +15,8 @@ import (
 	"time"
 	"unicode/utf8"
 
+	"github.com/go-json-experiment/json/jsontext"
+
 	"github.com/countersign-dev/countersign/broker/gateway"
 	"github.com/countersign-dev/countersign/broker/gateway/masking"
 )
@@ -106,10 +108,28 @@ func (x *exchange) location(values []string) (string, bool) {
 		q.Del(x.v.key) // where the target was shown the secret
 		to.RawQuery = q.Encode()
 	}
+	if q, n := x.v.query(to.RawQuery); n > 0 {
+		to.RawQuery = q
+		x.count(n, 0)
+	}
 	if x.by == reverse {
 		to.Scheme, to.Host, to.Path, to.RawPath = x.g.self.Scheme, x.g.self.Host, rest, ""
 	}
 	return to.String(), true
+}
+
+// query hides in a query what rules by name call so, and counts it.
+func (v *view) query(raw string) (string, int64) {
+	var n int64
+	pairs := strings.Split(raw, "&")
+	for i, pair := range pairs {
+		key, value, _ := strings.Cut(pair, "=")
+		name, err := url.QueryUnescape(key)
+		if v.masker.Column("", "", name, "") && value != "" || err != nil && v.named {
+			pairs[i], n = key+"="+url.QueryEscape(masking.Hidden), n+1
+		}
+	}
+	return strings.Join(pairs, "&"), n
 }
 
 // decoded takes a coding off that nobody asked for.
@@ -318,10 +338,7 @@ func (x *exchange) whole(kind content, b []byte, h http.Header) ([]byte, int64, 
 		return b, 0, nil
 	}
 	if kind == document {
-		if t := bytes.TrimLeft(b, " \t\r\n"); x.v.named && len(t) > 0 && t[0] != '{' && t[0] != '[' && string(bytes.TrimRight(t, " \t\r\n")) != "null" {
-			return []byte(strconv.Quote(masking.Hidden)), 1, nil // a value without a name, which may be any
-		}
-		out, n, err := m.JSON(b)
+		out, n, err := x.v.document(b)
 		if err != nil {
 			return nil, 0, withheld("it says it is JSON, and cannot be masked as that")
 		}
@@ -357,8 +374,25 @@ func (x *exchange) whole(kind content, b []byte, h http.Header) ([]byte, int64, 
 		}
 		return out, n, nil
 	}
+	// JSON that says it is text may be read as JSON all the same.
+	if t := bytes.TrimLeft(b, " \t\r\n"); len(t) > 0 && (t[0] == '{' || t[0] == '[') {
+		if out, n, err := m.JSON(b); err == nil {
+			return out, n, nil
+		}
+	}
 	out, n := m.Text(b)
 	return out, n, nil
+}
+
+// document masks a JSON document.
+func (v *view) document(b []byte) ([]byte, int64, error) {
+	if t := bytes.Trim(b, " \t\r\n"); v.named && len(t) > 0 && t[0] != '{' && t[0] != '[' && string(t) != "null" {
+		if jsontext.Value(t).IsValid() {
+			return []byte(strconv.Quote(masking.Hidden)), 1, nil // a value without a name, which may be any
+		}
+		return nil, 0, masking.ErrNotJSON
+	}
+	return v.masker.JSON(b)
 }
 
 func (x *exchange) count(masked, rows int64) {
@@ -372,9 +406,11 @@ func (x *exchange) count(masked, rows int64) {
 // its values.
 func (x *exchange) hideHeaders(h http.Header) {
 	for name, values := range h {
-		if _, n := x.v.secrets.text(name); n > 0 {
+		_, n := x.v.secrets.text(name)
+		_, found := x.v.masker.Text([]byte(name))
+		if n+found > 0 {
 			delete(h, name)
-			x.count(n, 0)
+			x.count(n+found, 0)
 			continue
 		}
 		switch name {
@@ -443,8 +479,12 @@ func (v *view) header(name, value string) (string, int64) {
 		return masking.Hidden, 1
 	}
 	if t := strings.TrimSpace(value); strings.HasPrefix(t, "{") || strings.HasPrefix(t, "[") {
-		if out, found, err := v.masker.JSON([]byte(value)); err == nil {
+		out, found, err := v.masker.JSON([]byte(value))
+		switch {
+		case err == nil:
 			value, n = string(out), found
+		case v.named: // a reader may take from it what a rule hides
+			return masking.Hidden, 1
 		}
 	}
 	out, found := v.masker.Text([]byte(value))

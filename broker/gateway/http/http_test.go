@@ -401,6 +401,15 @@ func TestWhatComesBackIsMasked(t *testing.T) {
 		{"parts", "multipart/form-data; boundary=x", mail, detects("email"), ""},
 		{"what is no JSON", "application/json", `{"email":"ada@example.com"`, fields("email"), ""},
 		{"a bare value", "application/json", `"ada@example.com"`, fields("email"), `"[masked]"`},
+		{"a bare value in a line", "application/x-ndjson", "{\"a\":1}\n\"ada@example.com\"\nnull\n", fields("email"), "{\"a\":1}\n\"[masked]\"\nnull\n"},
+		{"a bare value in an event", "text/event-stream", "data: \"ada@example.com\"\n\n", fields("email"), "data: \"[masked]\"\n\n"},
+		{"JSON that says it is text", "text/plain", `{"a":["ada\u0040example.com"],"n":1}`, detects("email"), `{"a":["[masked]"],"n":1}`},
+		{"JSON in a script", "text/javascript", `f("ada\u0040example.com")`, detects("email"), `f("[masked]")`},
+		{"JSON in a string, and more", "application/json", `{"log":"{\"email\":\"ada@example.com\"} from a"}`, fields("email"), `{"log":"[masked]"}`},
+		{"JSON in a string, cut short", "application/json", `{"log":"{\"email\":\"ada@example.com"}`, fields("email"), `{"log":"[masked]"}`},
+		{"JSON in a string after a mark of order", "application/json", `{"log":"\ufeff{\"email\":\"ada@example.com\"}"}`, fields("email"), `{"log":"{\"email\":\"[masked]\"}"}`},
+		{"a document after a mark of order", "application/json", "\xEF\xBB\xBF{\"email\":\"ada@example.com\"}", fields("email"), ""},
+		{"what is not UTF-8", "application/json", "{\"\xff\":1,\"email\":\"ada@example.com\"}", fields("email"), ""},
 		{"JSON that is null", "application/json", "null", fields("email"), "null"},
 		{"nothing, of a type that cannot be masked", "image/png", "", fields("email"), "-"},
 	} {
@@ -434,6 +443,38 @@ func TestWhatComesBackIsMasked(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// Values that a detector looks for, disguised in a way that whoever shows or
+// reads them takes off again.
+func TestDisguisedValuesAreMasked(t *testing.T) {
+	t.Parallel()
+	body := "{\"a\":\"ada\u200b@exam\u00adple.com\",\"b\":\"4111\u2060111111111111\",\"c\":\"\uff14\uff11\uff11\uff11111111111111\",\"d\":\"tel:%2B49%20151%2012345678\"," +
+		"\"e\":\"x DE89\u200d370400440532013000\",\"f\":41111111111111110000000000000000000000000000000000000000000000000e-49,\"g\":4111111111111110.9999999,\"h\":0.4111111111111111,\"i\":\"AKIA\\u0000IOSFODNN7EXAMPLE\"}"
+	p := newPath(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Type", "application/json")
+		w.Header().Set("X-4111111111111111", "a")
+		w.Header().Set("X-Number", "4111%201111%201111%201111")
+		_, _ = io.WriteString(w, body)
+	}), &store.Access{Masking: detects("email", "card", "phone", "iban", "secret")}, option{})
+	a := p.get("/x")
+	want := `{"a":"[masked]","b":"[masked]","c":"[masked]","d":"tel:[masked]","e":"x [masked]","f":"[masked]","g":"[masked]","h":0.4111111111111111,"i":"[masked]"}`
+	if a.status != 200 || a.body != want || strings.Contains(a.bytes(), "4111111111111111\":") || a.header.Get("X-Number") != "[masked]" || a.header.Get("X-4111111111111111") != "" {
+		t.Errorf("%d %s %v", a.status, a.body, a.header)
+	}
+}
+
+func TestARedirectDoesNotTellWhatARuleHides(t *testing.T) {
+	t.Parallel()
+	p := newPath(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Location", "/orders?id=7&E%6dail=ada%40example.com&x")
+		w.Header().Set("X-Request-Id", `{"email":"ada@example.com"`)
+		w.WriteHeader(302)
+	}), &store.Access{Masking: fields("email")}, option{})
+	a := p.get("/x")
+	if a.status != 302 || a.header.Get("Location") != p.url+"/orders?id=7&E%6dail=%5Bmasked%5D&x" || strings.Contains(a.bytes(), "ada") {
+		t.Errorf("%+v", a)
 	}
 }
 

@@ -90,7 +90,7 @@ func (m *records) record() ([]byte, int64, error) {
 		return []byte("\n"), 0, nil
 	}
 	// The last line may have no end; cut short, it is no JSON, or a number.
-	out, n, bad := m.x.v.masker.JSON(line)
+	out, n, bad := m.x.v.document(line)
 	if bad != nil {
 		return nil, 0, withheld("a line is no JSON")
 	}
@@ -164,7 +164,7 @@ func (m *records) text(s string, data bool) string {
 	}
 	v := m.x.v
 	if data {
-		if out, n, err := v.masker.JSON([]byte(s)); err == nil {
+		if out, n, err := v.document([]byte(s)); err == nil {
 			m.n += n
 			return string(out)
 		}

@@ -5,7 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math/big"
+	"math"
 	"strconv"
 	"strings"
 
@@ -34,7 +34,11 @@ func (m *Masker) JSON(b []byte) (out []byte, masked int64, err error) {
 	if len(b) > MaxDocument {
 		return nil, 0, ErrTooLarge
 	}
-	return m.document(b, m.start(nil), 0)
+	out, masked, err = m.document(b, m.start(nil), 0)
+	if err != nil {
+		return nil, 0, err
+	}
+	return out, masked, nil
 }
 
 // frame is an object or array that is being read.
@@ -48,7 +52,8 @@ type frame struct {
 
 // document is JSON for a document whose root has the given states, nested in
 // that many strings. Nested ones may be several values one after the other, and
-// need not be free of lone surrogates.
+// need not be free of lone surrogates. Beside an error, masked is how much a rule
+// by name or place was to hide by then.
 func (m *Masker) document(b []byte, root []state, nested int) (out []byte, masked int64, err error) {
 	dec := jsontext.NewDecoder(bytes.NewBuffer(b), jsontext.AllowDuplicateNames(true), jsontext.AllowInvalidUTF8(nested > 0))
 	var (
@@ -57,6 +62,7 @@ func (m *Masker) document(b []byte, root []state, nested int) (out []byte, maske
 		states = append(make([]state, 0, 4*len(root)+4), root...) // those of root, then of each frame's current child
 		values int
 		buf    []byte // for names with escapes
+		ruled  int64  // members and values that a rule by name or place hides
 	)
 	replace := func(end, length int, with []byte) {
 		if out == nil {
@@ -73,7 +79,10 @@ func (m *Masker) document(b []byte, root []state, nested int) (out []byte, maske
 			if err == io.EOF && values > 0 && len(stack) == 0 {
 				break
 			}
-			return nil, 0, notJSON(dec)
+			if len(stack) > 0 && stack[len(stack)-1].hide {
+				ruled++ // what was to follow a hidden name
+			}
+			return nil, ruled, notJSON(dec)
 		}
 		var top *frame
 		if len(stack) > 0 {
@@ -81,7 +90,7 @@ func (m *Masker) document(b []byte, root []state, nested int) (out []byte, maske
 		}
 		if kind == '}' || kind == ']' {
 			if _, err := dec.ReadToken(); err != nil {
-				return nil, 0, notJSON(dec)
+				return nil, ruled, notJSON(dec)
 			}
 			states = states[:top.states]
 			stack = stack[:len(stack)-1]
@@ -90,11 +99,11 @@ func (m *Masker) document(b []byte, root []state, nested int) (out []byte, maske
 		if _, length := dec.StackIndex(dec.StackDepth()); top != nil && top.object && length%2 == 0 {
 			raw, err := dec.ReadValue()
 			if err != nil {
-				return nil, 0, notJSON(dec)
+				return nil, ruled, notJSON(dec)
 			}
 			name, err := unquote(raw, &buf)
 			if err != nil && nested == 0 {
-				return nil, 0, notJSON(dec)
+				return nil, ruled, notJSON(dec)
 			}
 			top.hide = m.field(name)
 			parent := m.parent(stack, states, len(root))
@@ -123,15 +132,16 @@ func (m *Masker) document(b []byte, root []state, nested int) (out []byte, maske
 			hide, here = top.hide, states[top.states:]
 		} else {
 			if values++; values > 1 && nested == 0 {
-				return nil, 0, notJSON(dec)
+				return nil, ruled, notJSON(dec)
 			}
 		}
 		if hide || m.ends(here) {
 			raw, err := dec.ReadValue()
 			if err != nil {
-				return nil, 0, notJSON(dec)
+				return nil, ruled + 1, notJSON(dec)
 			}
 			if kind != 'n' && !isHidden(raw) {
+				ruled++
 				replace(int(dec.InputOffset()), len(raw), hidden)
 			}
 			continue
@@ -139,29 +149,29 @@ func (m *Masker) document(b []byte, root []state, nested int) (out []byte, maske
 		switch kind {
 		case '{', '[':
 			if _, err := dec.ReadToken(); err != nil {
-				return nil, 0, notJSON(dec)
+				return nil, ruled, notJSON(dec)
 			}
 			if len(stack) == MaxDepth {
-				return nil, 0, ErrTooLarge
+				return nil, ruled, ErrTooLarge
 			}
 			stack = append(stack, frame{object: kind == '{', states: len(states)})
 		default:
 			raw, err := dec.ReadValue()
 			if err != nil {
-				return nil, 0, notJSON(dec)
+				return nil, ruled, notJSON(dec)
 			}
 			switch kind {
 			case '"':
 				text, err := unquote(raw, new([]byte))
 				if err != nil && nested == 0 {
-					return nil, 0, notJSON(dec)
+					return nil, ruled, notJSON(dec)
 				}
 				if left, same, n := m.value(text, here, nested); !same {
 					replace(int(dec.InputOffset()), len(raw), quote(left))
 					masked += n - 1
 				}
 			case '0':
-				if m.Detects() && (m.matches(raw) || m.matches(plain(raw))) {
+				if m.Number(raw) {
 					replace(int(dec.InputOffset()), len(raw), hidden)
 				}
 			}
@@ -188,12 +198,14 @@ func (m *Masker) value(text []byte, here []state, nested int) (out []byte, same 
 		changed := false
 		if holdsJSON(out) {
 			if nested == maxNested {
-				if jsontext.Value(out).IsValid(jsontext.AllowDuplicateNames(true), jsontext.AllowInvalidUTF8(true)) {
+				if jsontext.Value(bytes.TrimPrefix(out, bom)).IsValid(jsontext.AllowDuplicateNames(true), jsontext.AllowInvalidUTF8(true)) {
 					return []byte(Hidden), false, masked + 1
 				}
-			} else if left, n, err := m.document(out, here, nested+1); errors.Is(err, ErrTooLarge) {
+			} else if left, n, err := m.document(bytes.TrimPrefix(out, bom), here, nested+1); errors.Is(err, ErrTooLarge) || err != nil && n > 0 {
+				// Too large, or cut short or gone on with as no JSON is: a reader may
+				// still take from it what a rule hides.
 				return []byte(Hidden), false, masked + 1
-			} else if err == nil && n > 0 {
+			} else if n > 0 {
 				out, same, changed = left, false, true
 				masked += n
 			}
@@ -212,9 +224,13 @@ func (m *Masker) value(text []byte, here []state, nested int) (out []byte, same 
 // holdsJSON reports whether a string looks like JSON with something in it: a
 // number, true or "plain words" do not.
 func holdsJSON(text []byte) bool {
-	t := bytes.TrimLeft(text, " \t\r\n")
+	t := bytes.TrimLeft(bytes.TrimPrefix(text, bom), " \t\r\n")
 	return len(t) > 1 && (t[0] == '{' || t[0] == '[' || t[0] == '"')
 }
+
+// bom may stand before a document, and readers may ignore it (RFC 8259, section
+// 8.1).
+var bom = []byte("\xEF\xBB\xBF")
 
 func (m *Masker) field(name []byte) bool {
 	if len(m.fields) == 0 {
@@ -252,23 +268,33 @@ func isHidden(raw []byte) bool {
 	return err == nil && string(text) == Hidden
 }
 
-// plain writes a number without point and exponent where it is an integer of
-// at most 40 digits, so that 4.111111111111111e15 is seen for what it is; else
-// it returns nil.
-func plain(raw []byte) []byte {
-	if len(raw) > 64 || !bytes.ContainsAny(raw, "eE") && (len(raw) < 13 || bytes.IndexByte(raw, '.') < 0) {
-		return nil // none that any detector looks for is shorter
-	}
-	if _, exp, ok := strings.Cut(strings.ToLower(string(raw)), "e"); ok {
-		if n, err := strconv.Atoi(exp); err != nil || n < -40 || n > 40 {
-			return nil
-		}
-	}
-	r, ok := new(big.Rat).SetString(string(raw))
-	if !ok || !r.IsInt() {
+// plain writes a number as its readers may: its whole part without point and
+// exponent, so that 4.111111111111111e15 is seen for what it is, and what is left
+// of it in binary64, which is how most read JSON (RFC 8259, section 6). Numbers of
+// fewer than 8 digits before the point, or more than 40, are none that a detector
+// looks for.
+func plain(raw []byte) (out [][]byte) {
+	if len(raw) < 9 && !bytes.ContainsAny(raw, "eE") || !bytes.ContainsAny(raw, ".eE") {
 		return nil
 	}
-	return []byte(r.Num().String())
+	number, exponent, _ := strings.Cut(strings.ToLower(strings.TrimPrefix(string(raw), "-")), "e")
+	exp := 0
+	if exponent != "" {
+		var err error
+		if exp, err = strconv.Atoi(exponent); err != nil || exp < -MaxDocument || exp > MaxDocument {
+			return nil // no document has digits enough to make up for it
+		}
+	}
+	whole, fraction, _ := strings.Cut(number, ".")
+	all := strings.TrimLeft(whole+fraction, "0")
+	// How many of all stand before the point; zeros follow them where it is more.
+	if n := len(all) - len(fraction) + exp; n >= 8 && n <= 40 {
+		out = append(out, []byte((all + strings.Repeat("0", max(0, n-len(all))))[:n]))
+		if f, err := strconv.ParseFloat(string(raw), 64); err == nil {
+			out = append(out, strconv.AppendFloat(nil, math.Abs(f), 'f', 0, 64))
+		}
+	}
+	return out
 }
 
 func notJSON(dec *jsontext.Decoder) error {

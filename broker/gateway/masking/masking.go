@@ -158,10 +158,7 @@ const rounds = 4
 func (m *Masker) detect(b []byte) (out []byte, same bool, masked int64) {
 	out, same = b, true
 	for range rounds {
-		var spans spans
-		for _, d := range m.detectors {
-			spans = d(out, spans)
-		}
+		spans := m.find(out)
 		if len(spans) == 0 {
 			return out, same, masked
 		}
@@ -174,12 +171,33 @@ func (m *Masker) detect(b []byte) (out []byte, same bool, masked int64) {
 
 // matches reports whether any detector finds something in b.
 func (m *Masker) matches(b []byte) bool {
+	return len(m.find(b)) > 0
+}
+
+// Number reports whether the detectors find anything in a number, however it is
+// written (RFC 8259, section 6).
+func (m *Masker) Number(b []byte) bool {
+	return m.Detects() && (m.matches(b) || slices.ContainsFunc(plain(b), m.matches))
+}
+
+// find returns what the detectors match in b, as it stands and without disguise.
+func (m *Masker) find(b []byte) (found spans) {
 	for _, d := range m.detectors {
-		if len(d(b, nil)) > 0 {
-			return true
-		}
+		found = d(b, found)
 	}
-	return false
+	plain, at := undisguised(b)
+	if plain == nil {
+		return found
+	}
+	known := len(found)
+	for _, d := range m.detectors {
+		found = d(plain, found)
+	}
+	for i := range found[known:] {
+		s := &found[known+i]
+		s.from, s.to = at[s.from], at[s.to]
+	}
+	return found
 }
 
 // appendFold appends name to dst with every character as the least of those

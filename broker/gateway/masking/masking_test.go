@@ -129,7 +129,8 @@ func TestRulesHideWhatTheyNameInJSON(t *testing.T) {
 		{field("email"), `{"a":"\"{\\\"email\\\":1}\""}`, `{"a":"\"{\\\"email\\\":\\\"[masked]\\\"}\""}`, 1},
 		{field("email"), `{"a":"{\"email\":1}\n{\"email\":2}"}`, `{"a":"{\"email\":\"[masked]\"}\n{\"email\":\"[masked]\"}"}`, 2},
 		{field("email"), `["{\"email\":\"\\ud800\"}"]`, `["{\"email\":\"[masked]\"}"]`, 1},
-		{field("email"), `["{\"email\":1"]`, `["{\"email\":1"]`, 0}, // no JSON
+		{field("email"), `["{\"email\":1"]`, `["[masked]"]`, 1}, // no JSON, and a reader may take it from there
+		{field("email"), `["{\"email\":","[email] x","{\"a\":1"]`, `["[masked]","[email] x","{\"a\":1"]`, 1},
 		{path("$"), `[1]`, `"[masked]"`, 1},
 		{path("$.a"), `{"a":1,"A":1,"b":{"a":1}}`, `{"a":"[masked]","A":1,"b":{"a":1}}`, 1},
 		{path("$.a.b[*].c"), `{"a":{"b":[{"c":1,"d":2},{"c":[]}]},"b":[{"c":3}]}`, `{"a":{"b":[{"c":"[masked]","d":2},{"c":"[masked]"}]},"b":[{"c":3}]}`, 2},

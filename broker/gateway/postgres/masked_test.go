@@ -43,6 +43,28 @@ func TestEachTypeIsHiddenInItsOwnWayInTextAndInBinary(t *testing.T) {
 	}
 }
 
+func TestACardNumberIsHiddenInEveryTypeOfNumberAndUnderEachDisguiseOfText(t *testing.T) {
+	p := serve(t, masked(store.MaskRule{Detector: "card"}, store.MaskRule{Detector: "email"}))
+	conn, err := pgconn.Connect(t.Context(), p.dsn(""))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close(t.Context())
+	const sql = `select card, card::float8, card::numeric, card::text, '4111' || chr(8203) || '111111111111', 'ada' || chr(173) || '@example.com',
+		json_build_object('a', card::float8), ('{"a":41111111111111110000000000000000000000000000000000000000000000000e-49}')::json, 1.5::float8 from orders where id = 1`
+	for _, format := range []int16{0, 1} {
+		res := conn.ExecParams(t.Context(), sql, nil, nil, nil, []int16{format}).Read()
+		if res.Err != nil || len(res.Rows) != 1 {
+			t.Fatal(res.Err, len(res.Rows))
+		}
+		row := res.Rows[0]
+		if row[0] != nil || row[1] != nil || row[2] != nil || string(row[3]) != "[masked]" || string(row[4]) != "[masked]" || string(row[5]) != "[masked]" ||
+			string(row[6]) != `{"a" : "[masked]"}` || string(row[7]) != `{"a":"[masked]"}` || row[8] == nil {
+			t.Errorf("format %d: %q", format, row)
+		}
+	}
+}
+
 func TestFormatsAreThoseOfBindWhateverWasDescribedBefore(t *testing.T) {
 	p := serve(t, masked(store.MaskRule{Field: "email"}))
 	w := p.wire()

@@ -223,8 +223,17 @@ func (col column) detected(m *masking.Masker, v []byte) bool {
 	} else if col.typ == pgtype.ByteaOID && bytes.HasPrefix(v, []byte(`\x`)) {
 		read, _ = hex.DecodeString(string(v[2:]))
 	}
-	_, hits := m.Text(read)
-	return hits > 0
+	if _, hits := m.Text(read); hits > 0 {
+		return true
+	}
+	switch col.typ {
+	case pgtype.Float4OID, pgtype.Float8OID, pgtype.NumericOID: // 4.111111111111111e+15
+		if !col.binary {
+			read = v
+		}
+		return m.Number(read)
+	}
+	return false
 }
 
 // hidden is what stands for a value of the column's type.
