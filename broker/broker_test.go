@@ -215,6 +215,7 @@ type recorder struct {
 	before func([]*store.Submission) error // nothing is recorded
 	after  func([]*store.Submission) error // it is recorded, and the answer is lost
 	down   bool
+	deaf   bool // what is on record does not come to the broker
 }
 
 func (r *recorder) set(fn func(r *recorder)) {
@@ -267,6 +268,12 @@ func (r *recorder) isDown() error {
 	return nil
 }
 
+func (r *recorder) isDeaf() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.deaf
+}
+
 func (r *recorder) Open(ctx context.Context, request string) (*store.Appended, error) {
 	if err := r.isDown(); err != nil {
 		return nil, err
@@ -281,6 +288,13 @@ func (r *recorder) Follow(ctx context.Context, after int64, fn func(*store.Appen
 	return r.w.ledger.Follow(ctx, after, func(a *store.Appended) error {
 		if err := r.isDown(); err != nil {
 			return err
+		}
+		for r.isDeaf() {
+			select {
+			case <-time.After(time.Millisecond):
+			case <-ctx.Done():
+				return ctx.Err()
+			}
 		}
 		return fn(a)
 	})

@@ -28,17 +28,18 @@ var ErrFrozen = errors.New("a freeze covers the request")
 // freeze takes freeze.set: what it covers is condemned, and sessions at the
 // gateway are cut before anybody is told.
 func (x *index) freeze(e *store.Entry, at int64) {
-	if _, known := x.freezes[e.ID]; known {
-		return
-	}
 	d, err := store.DetailsAs[store.FreezeDetails](e)
 	if err != nil {
 		return
 	}
 	f := &store.Freeze{ID: e.ID, Index: at, FreezeDetails: d, Time: e.Time}
-	x.freezes[e.ID] = f
+	if _, known := x.freezes[e.ID]; !known {
+		x.freezes[e.ID] = f
+	}
+	// Also where it is known, in force or lifted: what the recorder said of one
+	// request may have told of it before others came that it covers.
 	for _, t := range x.requests {
-		if t.place < at {
+		if t.place < at && t.condemned != store.CauseFrozen {
 			x.stop(t, f)
 		}
 	}
@@ -49,8 +50,15 @@ func (x *index) stop(t *tracked, f *store.Freeze) {
 	if !t.minting && !(t.live && !irrevocable(t)) || !f.Covers(t.story.Orchestrator, t.story.Run, t.story.Step, t.story.Action) {
 		return
 	}
-	t.condemned, t.condemnedAt, t.frozen = store.CauseFrozen, x.now(), true
+	t.condemned, t.condemnedAt = store.CauseFrozen, x.now()
 	x.ended(t.intent)
+	if t.live && !t.issued.Revocable {
+		// An identity token: who asks is told that it is not active, and for all who
+		// do not ask the record says that it is out until its end.
+		t.stays = true
+		return
+	}
+	t.frozen = true
 	x.stopped(t.story.Request)
 	x.wake(t.story.Request)
 }
@@ -131,7 +139,7 @@ func (x *index) toRevoke() []tracked {
 		switch t := x.requests[id]; {
 		case t == nil || !t.frozen || !t.live && !t.minting:
 			delete(x.frozen, id)
-		case t.live && irrevocable(t):
+		case t.live && !t.issued.Revocable:
 			// It was handed over elsewhere before its broker knew of the freeze. Where
 			// it was not, that broker ends it.
 			delete(x.frozen, id)

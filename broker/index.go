@@ -36,6 +36,7 @@ type tracked struct {
 	condemned   string    // why a live credential is to end before its time
 	condemnedAt time.Time // since when, by this broker's clock
 	frozen      bool      // a freeze condemned it
+	stays       bool      // condemned by a freeze, and out until its end
 
 	pending *store.Pending // what people were asked, nil where they were not; never changed in place
 	drawn   string         // the request whose standing approval this one draws on
@@ -236,7 +237,7 @@ func (x *index) one(e *store.Entry, at int64) {
 		if d, err := store.DetailsAs[store.IssuingDetails](e); err == nil {
 			x.ended(t.intent)
 			t.intent, t.attempt, t.minting, t.live, t.writer, t.intentAt, t.gone = e.ID, d.Attempt, true, false, e.Writer, e.Time.Time, false
-			t.forget, t.condemned, t.frozen, t.place = time.Time{}, "", false, at
+			t.forget, t.condemned, t.frozen, t.stays, t.place = time.Time{}, "", false, false, at
 			delete(x.frozen, e.Request)
 			// What follows repeats the decision that let it be minted.
 			story := *t.story

@@ -332,10 +332,10 @@ func (b *Broker) give(id string, err error) {
 func (b *Broker) due(now time.Time) map[string]func(context.Context) error {
 	jobs := map[string]func(context.Context) error{}
 	b.index.pick(func(id string, t *tracked) bool {
-		// What another broker handed over and nothing can call back goes on.
-		condemned := t.condemned != "" && (!irrevocable(t) || t.writer == b.Writer)
+		// What was handed over and nothing can call back goes on.
+		condemned := t.condemned != "" && !t.stays && (t.issued.Revocable || !t.frozen && !irrevocable(t) || b.kept(t))
 		switch {
-		case t.live && condemned && t.frozen && !irrevocable(t): // sweep's
+		case t.live && condemned && t.frozen && t.issued.Revocable: // sweep's
 		case t.live && condemned && !b.calls.workingOn(t.intent):
 			cause := t.condemned
 			jobs[id] = func(ctx context.Context) error { return b.end(ctx, id, store.CredentialRevoked, cause) }
@@ -350,6 +350,14 @@ func (b *Broker) due(now time.Time) map[string]func(context.Context) error {
 		return false
 	})
 	return jobs
+}
+
+// kept reports whether t's credential was condemned in this process, which
+// issued it, before it was handed over. One that another process issued, under
+// whatever name, may have been.
+func (b *Broker) kept(t *tracked) bool {
+	_, here := b.calls.answer(t.story.Request)
+	return here && t.writer == b.Writer
 }
 
 // expire closes a credential that has reached its end. Brokers share the work

@@ -53,10 +53,10 @@ func TestTheSwitchEndsWhatVaultAndPostgreSQLTake(t *testing.T) {
 	if took := time.Since(began); took > 10*time.Second {
 		t.Errorf("it took %s", took)
 	}
-	eventually(t, "it is on record, and the certificate is listed", func() bool {
+	eventually(t, "it is on record, and the certificate and the identity token are listed", func() bool {
 		_, body := call(a, "GET", "/revocations/"+freeze.ID, "")
 		must(t, json.Unmarshal([]byte(body), &freeze))
-		return freeze.Pending == 0 && freeze.Revoked == 3 && freeze.Irrevocable == 1
+		return freeze.Pending == 0 && freeze.Revoked == 2 && freeze.Irrevocable == 2
 	})
 	if r := h.post("new", `{"run":"switch","scope":"vault:demo-read"}`, ""); r.status != 403 || !strings.Contains(r.body, "problems/frozen") {
 		t.Errorf("under the freeze: %d %s", r.status, r.body)

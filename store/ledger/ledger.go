@@ -426,7 +426,7 @@ func (l *Ledger) Standing() (size int64, requests []*store.Request, freezes []st
 
 // snapshotOf is snapshot of one request, and of the one whose standing approval
 // it draws on.
-func (l *Ledger) snapshotOf(request string) (*head, []*store.Request) {
+func (l *Ledger) snapshotOf(request string) (_ *head, _ []*store.Request, inForce, lifted []store.Freeze) {
 	l.mu.RLock()
 	defer l.mu.RUnlock()
 	var rs []*store.Request
@@ -436,7 +436,7 @@ func (l *Ledger) snapshotOf(request string) (*head, []*store.Request) {
 			rs = append(rs, from)
 		}
 	}
-	return l.head.Load(), rs
+	return l.head.Load(), rs, l.freezes, l.lifted
 }
 
 // snapshot returns the head, and the requests and freezes that belong to it: those

@@ -23,22 +23,25 @@ const followAtMost = 256
 // decisions, its intents and their outcomes; of those who decided, their passkeys;
 // the freezes in force, and those lifted that condemned a credential which is not
 // ended yet, each with its end.
-// With a request named it returns that one alone, also where it is closed and
-// only its idempotency key is remembered; none where it is neither.
+// With a request named it returns that one alone, with the freezes that concern
+// it, also where it is closed and only its idempotency key is remembered; none
+// where it is neither.
 func (l *Ledger) OpenSet(ctx context.Context, request string) (*store.Appended, error) {
 	var h *head
 	var rs []*store.Request
 	var idx []int64
+	var freezes, lifted []store.Freeze
 	if request == "" {
-		var freezes, lifted []store.Freeze
 		h, rs, freezes, lifted = l.snapshot()
-		for _, f := range freezes {
+	} else {
+		h, rs, freezes, lifted = l.snapshotOf(request)
+	}
+	for _, f := range freezes {
+		if request == "" || slices.ContainsFunc(rs, func(r *store.Request) bool { return r.Open() && f.Covers(r.Orchestrator, r.Run, r.Step, r.Scope) }) {
 			idx = append(idx, f.Index)
 		}
-		idx = append(idx, unfinished(lifted, rs)...)
-	} else {
-		h, rs = l.snapshotOf(request)
 	}
+	idx = append(idx, unfinished(lifted, rs)...)
 	var people []string
 	for _, r := range rs {
 		if request == "" && !r.Open() {
