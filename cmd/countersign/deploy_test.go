@@ -312,6 +312,10 @@ func TestTheSystemdUnitsAreConfined(t *testing.T) {
 				t.Errorf("%s lacks %s", file, line)
 			}
 		}
+		// A witness reads nothing again, and SIGHUP ends what does not take it.
+		if strings.Contains(string(b), "ExecReload=") != (name != "witness") {
+			t.Errorf("%s: of what takes SIGHUP, and nothing else, there is an ExecReload", file)
+		}
 		if missing != nil {
 			t.Log("systemd-analyze is not on PATH: the units are read alone")
 			continue
