@@ -45,11 +45,17 @@ certificate() {
 # browser on this machine, and over loopback.
 server() { certificate "$1" "$1/tls.pem" "secrets/$1-tls-key" "DNS:$1,DNS:$1.localhost,DNS:localhost,IP:127.0.0.1"; }
 
-# fill FILE TO: the template FILE with what stands between @ signs.
+# fill FILE TO: the template FILE with what stands between @ signs. What sed is
+# told comes by stdin: arguments of a process can be read by everybody.
 fill() {
-	sed -e "s|@N@|${n:-}|g" -e "s|@LOG_KEY@|$(cat "$OUT/public/log.pub")|g" -e "s|@WITNESS_KEY@|$(cat "$OUT/public/witness.pub")|g" \
-		-e "s|@REDIS_PASSWORD_SHA256@|$(printf %s "$(cat "$OUT/secrets/redis-password")" | openssl dgst -sha256 -r | cut -d' ' -f1)|g" \
-		-e "s|@OIDC_SECRET@|$(cat "$OUT/secrets/oidc-secret")|g" -e "s|@PEOPLE_PASSWORD@|$(cat "$OUT/people-password")|g" "$IN/$1" > "$OUT/$2"
+	sed -f /dev/stdin "$IN/$1" > "$OUT/$2" <<END
+s|@N@|${n:-}|g
+s|@LOG_KEY@|$(cat "$OUT/public/log.pub")|g
+s|@WITNESS_KEY@|$(cat "$OUT/public/witness.pub")|g
+s|@REDIS_PASSWORD_SHA256@|$(printf %s "$(cat "$OUT/secrets/redis-password")" | openssl dgst -sha256 -r | cut -d' ' -f1)|g
+s|@OIDC_SECRET@|$(cat "$OUT/secrets/oidc-secret")|g
+s|@PEOPLE_PASSWORD@|$(cat "$OUT/people-password")|g
+END
 }
 
 files() {
@@ -99,7 +105,7 @@ files() {
 	echo "init: files are below $OUT; people are ada, ben and rosa, with the password in people-password until they choose their own"
 }
 
-unseal() { vault operator unseal "$(sed -n 's/^Unseal Key 1: //p' "$OUT/vault-init.txt")" > /dev/null; }
+unseal() { sed -n 's/^Unseal Key 1: //p' "$OUT/vault-init.txt" | tr -d '\n' | vault write sys/unseal key=- > /dev/null; }
 
 vault_() {
 	if [ ! -s "$OUT/vault-init.txt" ]; then
