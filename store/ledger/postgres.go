@@ -47,10 +47,25 @@ const (
 	connectWithin = 10 * time.Second
 )
 
+// unparsed is why a connection string is none, without the string, which pgx
+// repeats: it leaves out what it takes for a password, and no other form of one.
+// Where it could not read the string, its reason quotes it too.
+func unparsed(err error) string {
+	text := err.Error()
+	i := strings.LastIndex(text, "`: ")
+	if i < 0 {
+		return "cannot be read"
+	}
+	if text = text[i+len("`: "):]; strings.HasPrefix(text, "failed to parse") {
+		text, _, _ = strings.Cut(text, " (")
+	}
+	return text
+}
+
 func newPostgres(dsn string, log *zap.Logger) (*postgres, error) {
 	c, err := pgx.ParseConfig(dsn)
 	if err != nil {
-		return nil, fmt.Errorf("the ledger's connection string: %w", err)
+		return nil, fmt.Errorf("the ledger's connection string: %s", unparsed(err))
 	}
 	p := &postgres{dsn: dsn, config: c, schema: cmp.Or(c.RuntimeParams["search_path"], "countersign"), log: log, migrations: migrations}
 	if !schemaName.MatchString(p.schema) {
@@ -87,7 +102,7 @@ func (p *postgres) connect(c *pgx.ConnConfig) *sql.DB {
 	return stdlib.OpenDB(*c, stdlib.OptionBeforeConnect(func(_ context.Context, to *pgx.ConnConfig) error {
 		now, err := pgx.ParseConfig(p.dsn)
 		if err != nil {
-			p.log.Error("the certificates of the ledger's connection string are not read again, the old stay in force", zap.Error(err))
+			p.log.Error("the certificates of the ledger's connection string are not read again, the old stay in force", zap.String("error", unparsed(err)))
 			return nil
 		}
 		to.TLSConfig, to.Fallbacks = now.TLSConfig, now.Fallbacks

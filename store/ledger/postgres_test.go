@@ -13,6 +13,8 @@ import (
 	"sync/atomic"
 	"testing"
 
+	"go.uber.org/zap"
+
 	"github.com/countersign-dev/countersign/store/ledger/postgrestest"
 	"github.com/jackc/pgx/v5"
 )
@@ -220,4 +222,18 @@ func serverFiles(t *testing.T, s *postgrestest.Server) string {
 		t.Fatal("the server has no WAL")
 	}
 	return to
+}
+
+// A file of a bare password in the place of one with a connection string is soon
+// mistaken, and its refusal is logged.
+func TestARefusedConnectionStringIsNotRepeated(t *testing.T) {
+	for _, dsn := range []string{
+		"planted", "password = planted host=db sslmode=bogus", "password=a planted host=db", "postgres://user:planted@db:1x/l", "postgres://user:planted%zz@db/l", "user=`: planted password=x sslmode=bogus",
+	} {
+		if p, err := newPostgres(dsn, zap.NewNop()); err == nil {
+			t.Errorf("%q is taken: %v", dsn, p.schema)
+		} else if strings.Contains(err.Error(), "planted") {
+			t.Errorf("%q: %v", dsn, err)
+		}
+	}
 }
