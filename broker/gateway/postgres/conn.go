@@ -145,7 +145,7 @@ func (c *conn) end(cause error) {
 	c.cause = cause
 	c.changed.Broadcast()
 	c.stop()
-	c.target.close()
+	_ = c.target.SetDeadline(time.Unix(1, 0)) // farewell closes it
 	_ = c.client.SetReadDeadline(time.Unix(1, 0))
 	_ = c.client.SetWriteDeadline(time.Now().Add(farewell))
 }
@@ -181,16 +181,14 @@ func (c *conn) farewell() {
 	} else {
 		_ = c.client.Close()
 	}
+	defer c.target.close()
 	busy := false
 	for _, it := range c.queue[c.first:] {
 		busy = busy || it.kind == executing || it.kind == running
 		c.finish(it, "", reason)
 	}
 	if busy {
-		// The target notices that we hung up when it next writes, and not before.
-		ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
-		defer cancel()
-		c.target.cancel(ctx)
+		c.target.halt()
 	}
 }
 

@@ -131,6 +131,8 @@ type record struct {
 	mu   sync.Mutex
 	subs []*store.Submission
 	down atomic.Bool
+	wait chan struct{} // while it stands still; nil: it does not
+	then error         // what Append returns that stood still
 }
 
 func (r *record) Append(_ context.Context, subs ...*store.Submission) (*store.Appended, error) {
@@ -139,8 +141,31 @@ func (r *record) Append(_ context.Context, subs ...*store.Submission) (*store.Ap
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if wait := r.wait; wait != nil {
+		r.mu.Unlock()
+		<-wait
+		r.mu.Lock()
+		if r.then != nil {
+			return nil, r.then
+		}
+	}
 	r.subs = append(r.subs, subs...)
 	return &store.Appended{Entries: make([]store.Proven, len(subs))}, nil
+}
+
+// stand has the recorder stand still until the function is called that it
+// returns; what waits for it then is answered with its argument.
+func (r *record) stand() func(error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	wait := make(chan struct{})
+	r.wait = wait
+	return func(err error) {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		r.wait, r.then = nil, err
+		close(wait)
+	}
 }
 
 // use is what the record has of one.
@@ -257,11 +282,15 @@ func (p *tap) serve(c net.Conn) {
 		return
 	}
 	defer up.Close()
+	answered := make(chan struct{})
 	go func() {
+		defer close(answered)
 		_, _ = io.Copy(seen{c, p, &p.answered, false}, up)
 		_ = c.Close()
 	}()
 	_, _ = io.Copy(seen{up, p, &p.sent, true}, c)
+	_ = up.(*net.TCPConn).CloseWrite()
+	<-answered
 }
 
 type seen struct {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"strconv"
 	"strings"
@@ -131,6 +132,41 @@ func (t *target) cancel(ctx context.Context) {
 	ctx, stop := context.WithTimeout(ctx, 5*time.Second)
 	defer stop()
 	_ = t.pg.CancelRequest(ctx) // nobody is told of its error, as with PostgreSQL
+}
+
+// haltWithin is how long halt tries.
+const haltWithin = 2 * time.Second
+
+// halt ends what runs at the target, to which nothing more is sent. A target
+// notices that we hung up when it next writes or reads, and a request to cancel
+// that comes before the statement has begun is lost: so it is asked until it has
+// hung up, too, which it does as soon as it reads on.
+func (t *target) halt() {
+	ctx, stop := context.WithTimeout(context.Background(), haltWithin)
+	defer stop()
+	_ = t.SetDeadline(time.Now().Add(haltWithin))
+	if c, ok := t.Conn.(interface{ CloseWrite() error }); ok {
+		_ = c.CloseWrite()
+	}
+	gone := make(chan struct{})
+	go func() {
+		defer close(gone)
+		_, _ = io.Copy(io.Discard, t.Conn)
+	}()
+	defer func() {
+		t.close()
+		<-gone
+	}()
+	for pause := 20 * time.Millisecond; ; pause *= 2 {
+		t.cancel(ctx)
+		select {
+		case <-gone:
+			return
+		case <-ctx.Done():
+			return
+		case <-time.After(pause):
+		}
+	}
 }
 
 // querier is guard.Querier over a connection before any client has it.
