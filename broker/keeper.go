@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -277,6 +278,7 @@ func (b *Broker) keep() {
 		now := b.Now()
 		if n%240 == 0 {
 			b.index.forget(now)
+			b.forgetTries()
 			b.calls.prune(now.Add(-2 * store.RetryWindow))
 		}
 		for id, job := range b.due(now) {
@@ -300,6 +302,17 @@ func (b *Broker) keep() {
 			})
 		}
 	}
+}
+
+// forgetTries drops what is remembered of requests that another broker ended.
+func (b *Broker) forgetTries() {
+	open := map[string]bool{}
+	for _, id := range b.index.pick(func(_ string, t *tracked) bool { return t.live || t.minting }) {
+		open[id] = true
+	}
+	b.gate.Lock()
+	defer b.gate.Unlock()
+	maps.DeleteFunc(b.tries, func(id string, t try) bool { return !t.busy && !open[id] })
 }
 
 func (b *Broker) take(id string, now time.Time) bool {
