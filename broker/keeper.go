@@ -409,11 +409,7 @@ func (b *Broker) end(ctx context.Context, id string, as store.Type, cause string
 	}
 	s := b.submission(as, t.story)
 	s.Cause = store.Ptr(cause)
-	d := store.ClosedDetails{Intent: t.intent, Attempt: t.attempt}
-	if !t.issued.Revocable && as == store.CredentialRevoked {
-		d.Outlives = t.issued.Expires
-	}
-	s.SetDetails(d)
+	s.SetDetails(store.ClosedDetails{Intent: t.intent, Attempt: t.attempt})
 	return b.closing(ctx, id, s)
 }
 

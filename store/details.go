@@ -101,9 +101,6 @@ type FailedDetails struct {
 type ClosedDetails struct {
 	Intent  string `json:"intent"`
 	Attempt int    `json:"attempt"`
-	// Until when it is still good to those who do not ask: of a token that cannot be
-	// called back, and was revoked for those who introspect it.
-	Outlives Time `json:"outlives,omitzero"`
 }
 
 // How a use was seen, as UsedDetails.Via says it.

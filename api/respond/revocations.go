@@ -9,7 +9,6 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"time"
 
 	"github.com/go-chi/chi/v5"
 
@@ -254,7 +253,6 @@ type progress struct {
 	lifted                   int64 // index of freeze.lifted; 0: in force
 	upTo                     int64 // entries before it are counted
 	closed, revoked, expired int64
-	outlasting               []client.Covered // revoked, and still good to those who do not ask; at most maxCovered, old ones among them
 }
 
 // learn reads what was set and lifted before entry size. mu is held.
@@ -319,63 +317,8 @@ func (s *Server) count(ctx context.Context, p *progress, size int64) error {
 			return err
 		}
 	}
-	var outlasting []client.Covered
-	if n[1] > 0 {
-		q.Type = string(store.CredentialRevoked)
-		var err error
-		if outlasting, err = s.outlasting(ctx, q, p.upTo, size); err != nil {
-			return err
-		}
-	}
-	p.closed, p.revoked, p.expired, p.upTo = p.closed+n[0], p.revoked+n[1]-int64(len(outlasting)), p.expired+n[2], size
-	kept := p.lasting(s.c.Now()) // a list of its own: copies of p are read meanwhile
-	p.outlasting = append(kept, outlasting[:min(len(outlasting), maxCovered-len(kept))]...)
+	p.closed, p.revoked, p.expired, p.upTo = p.closed+n[0], p.revoked+n[1], p.expired+n[2], size
 	return nil
-}
-
-// kindIdentity is the one kind that outlasts its revocation: issuer.KindIdentity.
-const kindIdentity = "identity"
-
-// outlasting reads the revocations of q in entries [from, to) that only those
-// heed who ask.
-func (s *Server) outlasting(ctx context.Context, q ledger.Query, from, to int64) ([]client.Covered, error) {
-	var out []client.Covered
-	q.Limit, q.Cursor = maxAlerts, strconv.FormatInt(from, 10)
-	for {
-		h, err := s.c.Ledger.History(ctx, q)
-		if err != nil {
-			return nil, err
-		}
-		for _, x := range h.Entries {
-			if x.Index >= to {
-				return out, nil
-			}
-			e, err := store.ParseLeaf(x.Entry)
-			if err != nil {
-				return nil, fmt.Errorf("entry %d: %w", x.Index, err)
-			}
-			// What a writer put there that is none is for the offline verifier to find.
-			if d, err := store.DetailsAs[store.ClosedDetails](e); err == nil && !d.Outlives.IsZero() {
-				out = append(out, client.Covered{Intent: d.Intent, Kind: kindIdentity, Orchestrator: e.Orchestrator, Run: e.Run, Step: e.Step,
-					Request: e.Request, Scope: e.Action, Expires: d.Outlives.Time})
-			}
-		}
-		if h.Next == "" {
-			return out, nil
-		}
-		q.Cursor = h.Next
-	}
-}
-
-// lasting are those of p that are still good at now.
-func (p *progress) lasting(now time.Time) []client.Covered {
-	var out []client.Covered
-	for _, c := range p.outlasting {
-		if c.Expires.After(now) {
-			out = append(out, c)
-		}
-	}
-	return out
 }
 
 // all are the freezes in force and the newest that were lifted, newest first.
@@ -397,7 +340,6 @@ func (s *Server) all(ctx context.Context) (*client.Revocations, error) {
 	for i, p := range chosen {
 		v := &out.Revocations[i]
 		p.fill(v)
-		v.Irrevocable = int64(len(p.lasting(s.c.Now())))
 		at[v.ID] = v
 	}
 	for _, t := range []store.Type{store.FreezeSet, store.FreezeLifted} {
@@ -462,17 +404,11 @@ func (s *Server) one(ctx context.Context, id string, most int) (*client.Revocati
 			listed = append(listed, r)
 		}
 	}
-	lasting := p.lasting(s.c.Now())
-	v.Irrevocable += int64(len(lasting))
 	if most == 0 {
 		return v, nil
 	}
 	v.More = v.Pending > int64(most) || v.Irrevocable > int64(most)
-	if err := s.cover(ctx, v, listed); err != nil {
-		return nil, err
-	}
-	v.IrrevocableCredentials = append(v.IrrevocableCredentials, lasting[:min(len(lasting), most-len(v.IrrevocableCredentials))]...)
-	return v, nil
+	return v, s.cover(ctx, v, listed)
 }
 
 func (s *Server) find(ctx context.Context, id string, size int64) (progress, error) {
