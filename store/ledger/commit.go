@@ -666,16 +666,7 @@ func (l *Ledger) readState(ctx context.Context, q querier, rs []*store.Request) 
 	}
 	var es []placed
 	for _, t := range []store.Type{store.FreezeSet, store.FreezeLifted} {
-		if err := each(ctx, q, func(rows *sql.Rows) error {
-			var i int64
-			var body []byte
-			if err := rows.Scan(&i, &body); err != nil {
-				return err
-			}
-			e, err := store.ParseLeaf(body)
-			if err != nil {
-				return fmt.Errorf("%w: entry %d: %w", ErrMismatch, i, err)
-			}
+		if err := eachEntry(ctx, q, func(i int64, e *store.Entry) error {
 			es = append(es, placed{i, e})
 			return nil
 		}, "SELECT a.idx, a.body "+l.e.walk("type", "", ""), string(t), int64(0), int64(math.MaxInt64)); err != nil {

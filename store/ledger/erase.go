@@ -168,18 +168,7 @@ func (l *Ledger) learn(ctx context.Context) error {
 
 // eachOf calls fn for the entries of one type in [from, to), ascending.
 func (l *Ledger) eachOf(ctx context.Context, t store.Type, from, to int64, fn func(int64, *store.Entry) error) error {
-	return l.readErr(each(ctx, l.r, func(rows *sql.Rows) error {
-		var i int64
-		var body []byte
-		if err := rows.Scan(&i, &body); err != nil {
-			return err
-		}
-		e, err := store.ParseLeaf(body)
-		if err != nil {
-			return fmt.Errorf("%w: entry %d: %w", ErrMismatch, i, err)
-		}
-		return fn(i, e)
-	}, "SELECT a.idx, a.body "+l.e.walk("type", "", ""), string(t), from, to))
+	return l.readErr(eachEntry(ctx, l.r, fn, "SELECT a.idx, a.body "+l.e.walk("type", "", ""), string(t), from, to))
 }
 
 // sensitivity is that of what e is about, empty where it is about no scope.
@@ -686,16 +675,7 @@ func (l *Ledger) checkMissing(ctx context.Context, q querier, from, to int64, un
 	for i := range unkeyed {
 		gone[i] = true
 	}
-	if err := each(ctx, q, func(rows *sql.Rows) error {
-		var i int64
-		var body []byte
-		if err := rows.Scan(&i, &body); err != nil {
-			return err
-		}
-		e, err := store.ParseLeaf(body)
-		if err != nil {
-			return fmt.Errorf("%w: entry %d: %w", ErrMismatch, i, err)
-		}
+	if err := eachEntry(ctx, q, func(i int64, e *store.Entry) error {
 		if len(e.Sealed) > 0 {
 			gone[i] = true
 		}

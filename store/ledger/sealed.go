@@ -171,3 +171,20 @@ func each(ctx context.Context, q querier, fn func(*sql.Rows) error, query string
 	}
 	return rows.Err()
 }
+
+// eachEntry calls fn for every row of a query for index and body. A body that is
+// no entry is a mismatch.
+func eachEntry(ctx context.Context, q querier, fn func(index int64, e *store.Entry) error, query string, args ...any) error {
+	return each(ctx, q, func(rows *sql.Rows) error {
+		var i int64
+		var body []byte
+		if err := rows.Scan(&i, &body); err != nil {
+			return err
+		}
+		e, err := store.ParseLeaf(body)
+		if err != nil {
+			return fmt.Errorf("%w: entry %d: %w", ErrMismatch, i, err)
+		}
+		return fn(i, e)
+	}, query, args...)
+}
