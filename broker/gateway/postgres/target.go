@@ -11,7 +11,6 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5/pgconn"
-	"github.com/jackc/pgx/v5/pgproto3"
 
 	"github.com/countersign-dev/countersign/broker/gateway"
 	"github.com/countersign-dev/countersign/store"
@@ -79,34 +78,29 @@ func dial(ctx context.Context, g *gateway.Gateway, s *gateway.Session, settings 
 		_ = pg.Close(closing)
 		return nil, fmt.Errorf("read the target's catalog: %w", err)
 	}
+	return takeOver(ctx, pg)
+}
+
+// takeOver takes the connection from pg, which has logged in and is idle, and
+// closes it where it fails.
+func takeOver(ctx context.Context, pg *pgconn.PgConn) (_ *target, err error) {
+	defer func() {
+		if err != nil {
+			_ = pg.Conn().Close()
+		}
+	}()
+	// A write that took long has pg read in the background, and what it had begun to
+	// read it would take from us: the answer to the client's first statement.
+	if err := pg.SyncConn(ctx); err != nil {
+		return nil, err
+	}
 	hc, err := pg.Hijack()
 	if err != nil {
 		return nil, err
 	}
 	t := &target{Conn: hc.Conn, r: newReader(hc.Conn, 16<<10), pg: pg, parameters: hc.ParameterStatuses}
-	// What was read ahead must not be lost: notices, and parameters that changed.
-	if deadline, ok := ctx.Deadline(); ok {
-		_ = t.SetDeadline(deadline)
-	}
-	for hc.Frontend.ReadBufferLen() > 0 {
-		msg, err := hc.Frontend.Receive()
-		if err != nil {
-			t.close()
-			return nil, err
-		}
-		switch msg := msg.(type) {
-		case *pgproto3.ParameterStatus:
-			t.parameters[msg.Name] = msg.Value
-		case *pgproto3.NoticeResponse, *pgproto3.NotificationResponse:
-		default:
-			t.close()
-			return nil, fmt.Errorf("%w: the target sent %T after its log-in", errProtocol, msg)
-		}
-	}
-	_ = t.SetDeadline(time.Time{})
 	for name, value := range t.parameters {
 		if !trusted(name, value) {
-			t.close()
 			return nil, errors.New("the target does not keep to " + name)
 		}
 	}
