@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -173,6 +174,17 @@ type node struct {
 	rec   *recorder
 	iss   *tracing
 	redis *inflight.Store
+	looks atomic.Int64 // at the clock
+}
+
+// ticks waits until each of ns has looked some times for what is due: two of its
+// loops look at the clock once a tick.
+func (w *world) ticks(ns ...*node) {
+	w.t.Helper()
+	for _, n := range ns {
+		until := n.looks.Load() + 10
+		w.until("it has looked", func() bool { return n.looks.Load() >= until })
+	}
 }
 
 // start adds a broker to w.
@@ -190,7 +202,8 @@ func (w *world) start(name string, change ...func(*broker.Config)) *node {
 	n := &node{rec: &recorder{w: w, name: name}, iss: &tracing{Issuer: iss, w: w}, redis: state}
 	enc := zapcore.NewJSONEncoder(zap.NewProductionEncoderConfig())
 	cfg := broker.Config{Writer: name, TrustDomain: trustDomain, Recorder: n.rec, Issuer: n.iss, Scopes: w, Inflight: state, PeopleURL: "https://people.test/",
-		Identity: identity, PrivacyKey: store.PrivacyKey(key), Grace: 2 * time.Second, Tick: 20 * time.Millisecond, Now: w.clock.now,
+		Identity: identity, PrivacyKey: store.PrivacyKey(key), Grace: 2 * time.Second, Tick: 20 * time.Millisecond,
+		Now: func() time.Time { n.looks.Add(1); return w.clock.now() },
 		Log: zap.New(zapcore.NewCore(enc, w.logs, zap.DebugLevel))}
 	for _, c := range change {
 		c(&cfg)

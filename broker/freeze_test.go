@@ -215,7 +215,7 @@ func TestWhatIsBeingMintedWhenAFreezeComesIsNotHandedOver(t *testing.T) {
 			if scope == "vault:demo-read" && children(t, run) != 0 {
 				t.Error("its token lives")
 			}
-			time.Sleep(60 * time.Millisecond) // some ticks of both
+			w.ticks(one, two)
 			w.wantTypes("step.requested", "credential.issuing", "freeze.set", "credential.issued", "credential.revoked")
 		})
 	}
@@ -301,7 +301,7 @@ func TestOneBrokerAloneRevokesWhatAFreezeCoversThoughRedisSaysThatOthersDo(t *te
 		}
 	}
 	w.freeze(store.FreezeDetails{Orchestrator: "demo"})
-	time.Sleep(100 * time.Millisecond) // some ticks
+	w.ticks(one)
 	if n := w.count(store.CredentialRevoked); n != 0 {
 		t.Fatalf("%d revoked, though others had claimed them a moment ago", n)
 	}
@@ -393,7 +393,7 @@ func TestWhatCannotBeCalledBackIsNotRecordedAsRevokedByABrokerThatStartsAgain(t 
 	}
 	ok(t, one.Close())
 	again := w.start("broker-1")
-	time.Sleep(200 * time.Millisecond) // ten looks of the keeper
+	w.ticks(again)
 	if n := w.count(store.CredentialRevoked); n != 0 {
 		t.Errorf("%d certificates that are out are on record as revoked", n)
 	}

@@ -31,13 +31,13 @@ func TestACredentialIsClosedWhenItsTimeIsOver(t *testing.T) {
 				return err == nil && !v.Expires.IsZero()
 			})
 			w.clock.pass(40 * time.Second)
-			time.Sleep(60 * time.Millisecond) // three ticks, in which nothing may happen
+			w.ticks(one, two) // in which nothing may happen
 			if n := w.count(store.CredentialExpired); n != 0 {
 				t.Fatal("expired before its time")
 			}
 			w.clock.pass(21 * time.Second)
 			w.until("expired", func() bool { return w.count(store.CredentialExpired) == 1 })
-			time.Sleep(60 * time.Millisecond) // three ticks of both brokers
+			w.ticks(one, two)
 			if n := w.count(store.CredentialExpired); n != 1 {
 				t.Fatalf("expired %d times", n)
 			}
@@ -112,7 +112,7 @@ func TestARestartedBrokerClosesItsIntentsAndKeepsItsLeases(t *testing.T) {
 
 	other := w.start("broker-2")
 	w.until("broker-2 follows", func() bool { return other.Ready(t.Context()) == nil })
-	time.Sleep(60 * time.Millisecond) // three ticks
+	w.ticks(other)
 	if n := w.count(store.CredentialAbandoned); n != 0 {
 		t.Fatal("another broker's live intent was closed within the grace")
 	}

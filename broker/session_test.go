@@ -243,7 +243,7 @@ func TestWhatABrokerHeldNoSessionForAfterARestartIsRevokedAndMayBeRetried(t *tes
 	w.redis = redistest.Start(t)
 	var g *gateway.Gateway
 	n := w.start("broker-1", w.behind(&g))
-	w.start("broker-2")
+	other := w.start("broker-2")
 	run := run1()
 	first, err := n.Request(t.Context(), demoCaller, through(run, keyed("k1")))
 	ok(t, err)
@@ -259,7 +259,7 @@ func TestWhatABrokerHeldNoSessionForAfterARestartIsRevokedAndMayBeRetried(t *tes
 	if w.count(store.CredentialRevoked) != 0 {
 		t.Fatal("it was revoked before the restart")
 	}
-	time.Sleep(100 * time.Millisecond) // ticks of the other, which has no part in it
+	w.ticks(other) // which has no part in it
 	if w.count(store.CredentialRevoked) != 0 {
 		t.Fatal("another broker revoked it")
 	}
@@ -303,7 +303,7 @@ func TestARetryUnderAKeyOpensANewSessionAndEndsTheOldOne(t *testing.T) {
 	if first.Credential.Token == second.Credential.Token || s.Intent == old.Intent || children(t, run) != 1 {
 		t.Errorf("intents %s and %s, %d child tokens", old.Intent, s.Intent, children(t, run))
 	}
-	time.Sleep(100 * time.Millisecond) // some ticks of the keeper
+	w.ticks(n)
 	if _, err := g.Session(second.Credential.Token); err != nil {
 		t.Errorf("the new session: %v", err)
 	}
@@ -320,7 +320,7 @@ func TestASlowRevocationDoesNotTakeARetrysOldSessionForLost(t *testing.T) {
 	var slow sync.Once
 	n.iss.set(func(i *tracing) {
 		i.revoke = func() error {
-			slow.Do(func() { time.Sleep(150 * time.Millisecond) }) // some ticks of the keeper
+			slow.Do(func() { w.ticks(n) })
 			return nil
 		}
 	})
@@ -435,7 +435,7 @@ func TestACallThroughTheGatewayWaitsForPeopleAndItsCredentialEndsWithIt(t *testi
 	if asked.Grant.Scope != refund || asked.Story.Request != waits.Request || asked.Story.Step != "step-1" || len(asked.Secret.Data) == 0 {
 		t.Errorf("%+v", asked.Story)
 	}
-	time.Sleep(100 * time.Millisecond) // some ticks of the keeper
+	w.ticks(n)
 	if asked.Context().Err() != nil {
 		t.Fatal("it ended during the call")
 	}

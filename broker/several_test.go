@@ -89,7 +89,7 @@ func TestAnyBrokerTakesAnyCallOfARequest(t *testing.T) {
 	// What is left ends once, whoever ends it.
 	w.clock.pass(time.Hour)
 	w.until("expired", func() bool { return w.count(store.CredentialExpired) == 2 })
-	time.Sleep(100 * time.Millisecond) // ticks of all three
+	w.ticks(a, b, c)
 	if n := w.count(store.CredentialExpired); n != 2 {
 		t.Errorf("%d of 2 expired", n)
 	}
@@ -106,7 +106,7 @@ func TestAClaimThatNobodyHoldsDelaysAnEndAndDoesNotPreventIt(t *testing.T) {
 		t.Fatal(mine, err)
 	}
 	w.clock.pass(90 * time.Second)
-	time.Sleep(100 * time.Millisecond) // some ticks
+	w.ticks(b)
 	if w.count(store.CredentialExpired) != 0 {
 		t.Fatal("it was ended though another had claimed that a moment ago")
 	}
