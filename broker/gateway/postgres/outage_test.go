@@ -60,6 +60,28 @@ func (p *path) answered(part string) bool {
 	return bytes.Contains(p.tap.answered.Bytes(), []byte(part))
 }
 
+func TestWhatFollowsAFailureToRecordInALongPipelineIsNotOnRecord(t *testing.T) {
+	p := serve(t, everything())
+	w := p.wire()
+	p.record.down.Store(true)
+	for i := range maxBurstUses/2 + 1 {
+		w.send(&pgproto3.Parse{Query: fmt.Sprintf("select 'lost-%d'", i)}, &pgproto3.Bind{}, &pgproto3.Execute{})
+	}
+	eventually(t, "the failure", func() bool { return p.tap.reached("refused by countersign") })
+	p.record.down.Store(false)
+	w.send(&pgproto3.Sync{})
+	if got := w.until('Z'); got != "E58030 ZI" {
+		t.Errorf("%q", got)
+	}
+	if n := len(p.record.all()); n != 0 || p.tap.reached("lost-") {
+		t.Errorf("%d uses on record, of statements that were not sent", n)
+	}
+	w.send(&pgproto3.Query{String: "select 'after'"})
+	if got := w.until('Z'); got != "T Dafter C ZI" {
+		t.Errorf("afterwards: %q", got)
+	}
+}
+
 func TestWhileTheRecorderStandsStillNothingGoesOnAndWhatWaitsIsDoneOrRefused(t *testing.T) {
 	p := serve(t, everything())
 	// One is in the middle of a statement, one in that of a pipeline, one hangs up.

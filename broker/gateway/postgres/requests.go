@@ -151,13 +151,13 @@ func (c *conn) request(typ byte, n int) error {
 			return err
 		}
 	}
-	if c.failed && typ != 'S' {
-		return nil // as PostgreSQL does until Sync
-	}
-	if len(c.uses) >= maxBurstUses || c.bytes > maxBurst || len(c.burst) > maxBurst || len(c.items) >= 1000 { // messages without an end
+	if !c.failed && (len(c.uses) >= maxBurstUses || c.bytes > maxBurst || len(c.burst) > maxBurst || len(c.items) >= 1000) { // messages without an end
 		if err := c.send(); err != nil {
 			return err
 		}
+	}
+	if c.failed && typ != 'S' {
+		return nil // as PostgreSQL does until Sync
 	}
 	switch typ {
 	case 'Q':
