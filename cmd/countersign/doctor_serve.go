@@ -383,12 +383,12 @@ func (d *doctor) redis(ctx context.Context, c *serveConfig) {
 		return
 	}
 	const what = "redis"
-	o, err := c.Redis.options()
+	o, err := c.Redis.options(zap.NewNop())
 	if err != nil {
 		d.fault("redis", what, "%v", err)
 		return
 	}
-	encrypted, password := o.TLS != nil, o.Password != ""
+	encrypted, password := o.TLS != nil, c.Redis.Password != ""
 	addrs := o.Addrs
 	if u, err := url.Parse(o.URL); err == nil && o.URL != "" {
 		addrs = []string{u.Host}
@@ -634,7 +634,7 @@ func (d *doctor) brokers(a, b *serveConfig) {
 
 // redisPlace names a Redis and what of it is used, without user or password.
 func redisPlace(c *redisConfig) (string, error) {
-	o, err := c.options()
+	o, err := c.options(zap.NewNop())
 	if err != nil {
 		return "", err
 	}

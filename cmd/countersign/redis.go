@@ -3,7 +3,9 @@ package main
 import (
 	"errors"
 	"fmt"
+	"net/url"
 	"strings"
+	"sync"
 
 	"go.uber.org/zap"
 
@@ -24,7 +26,7 @@ type redisConfig struct {
 	Username         string     `yaml:"username"`               // the ACL user; Redis's default user where it is empty
 	Password         string     `yaml:"password_file"`          // its password
 	SentinelUsername string     `yaml:"sentinel_username"`      // the Sentinels' own ACL user
-	SentinelPassword string     `yaml:"sentinel_password_file"` // its password
+	SentinelPassword string     `yaml:"sentinel_password_file"` // its password, which is read at start alone
 	DB               int        `yaml:"db"`                     // database number; 0 by default
 	TLS              *redisKeys `yaml:"tls"`                    // with addrs: present, even if empty, has TLS spoken
 
@@ -81,29 +83,96 @@ func (c *redisConfig) check() error {
 	return nil
 }
 
-// options reads the files that c names.
-func (c *redisConfig) options() (o inflight.Options, err error) {
-	o = inflight.Options{Addrs: c.Addrs, Cluster: c.Cluster, SentinelMaster: c.SentinelMaster, Username: c.Username, SentinelUsername: c.SentinelUsername, DB: c.DB, Prefix: c.Prefix}
-	for _, f := range []struct {
-		key, file string
-		to        *string
-	}{{"url_file", c.URL, &o.URL}, {"password_file", c.Password, &o.Password}, {"sentinel_password_file", c.SentinelPassword, &o.SentinelPassword}} {
-		if f.file == "" {
-			continue
+// options reads the files that c names. Certificates, authorities and the user's
+// password are read again for each new connection; the Sentinels' own password,
+// for which go-redis asks nobody, is not.
+func (c *redisConfig) options(log *zap.Logger) (o inflight.Options, err error) {
+	o = inflight.Options{Addrs: c.Addrs, Cluster: c.Cluster, SentinelMaster: c.SentinelMaster, SentinelUsername: c.SentinelUsername, DB: c.DB, Prefix: c.Prefix}
+	switch {
+	case c.URL != "":
+		if o.URL, err = readSecret(c.URL); err != nil {
+			return o, fmt.Errorf("redis.url_file: %w", err)
 		}
-		if *f.to, err = readSecret(f.file); err != nil {
-			return o, fmt.Errorf("redis.%s: %w", f.key, err)
+		user := &redisUser{file: c.URL, log: log, parse: func(text string) (string, string, error) { return redisURLUser(text, o.URL) }}
+		if err := user.read(); err != nil {
+			return o, fmt.Errorf("redis.url_file: %w", err)
+		}
+		o.Credentials = user.current
+	case c.Password != "":
+		user := &redisUser{file: c.Password, log: log, parse: func(text string) (string, string, error) { return c.Username, text, nil }}
+		if err := user.read(); err != nil {
+			return o, fmt.Errorf("redis.password_file: %w", err)
+		}
+		o.Credentials = user.current
+	}
+	if c.SentinelPassword != "" {
+		if o.SentinelPassword, err = readSecret(c.SentinelPassword); err != nil {
+			return o, fmt.Errorf("redis.sentinel_password_file: %w", err)
 		}
 	}
 	if c.TLS == nil {
 		return o, nil
 	}
-	// Read at start: a Redis whose certificates change is turned to anew by a
-	// restart of the broker.
-	t, err := trust.Open(trust.Files{CA: c.TLS.CA, Cert: c.TLS.Cert, Key: c.TLS.Key}, zap.NewNop())
+	t, err := trust.Open(trust.Files{CA: c.TLS.CA, Cert: c.TLS.Cert, Key: c.TLS.Key}, log)
 	if err != nil {
 		return o, fmt.Errorf("redis.tls: %w", err)
 	}
-	o.TLS = t.Client()
+	o.TLS = t.Client
 	return o, nil
+}
+
+// redisUser is who a new connection is for, as file says at that moment. A file
+// that cannot be read leaves what it said last, and is logged once.
+type redisUser struct {
+	file  string
+	parse func(text string) (name, password string, err error)
+	log   *zap.Logger
+
+	mu             sync.Mutex
+	name, password string
+	trouble        string // logged last
+}
+
+func (u *redisUser) read() error {
+	text, err := readSecret(u.file)
+	if err != nil {
+		return err
+	}
+	name, password, err := u.parse(text)
+	if err == nil {
+		u.name, u.password = name, password
+	}
+	return err
+}
+
+func (u *redisUser) current() (name, password string) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	trouble := ""
+	if err := u.read(); err != nil {
+		if trouble = err.Error(); trouble != u.trouble {
+			u.log.Warn("not reloaded, the old stays in force", zap.String("what", "Redis user"), zap.String("file", u.file), zap.Error(err))
+		}
+	}
+	u.trouble = trouble
+	return u.name, u.password
+}
+
+// redisURLUser is the user in text, a URL of the server that first names:
+// connections go where the first URL led, and no other server's password there.
+func redisURLUser(text, first string) (name, password string, err error) {
+	u, err := url.Parse(text)
+	if err != nil {
+		return "", "", errors.New("not a URL") // err would quote the password
+	}
+	user := u.User
+	was, err := url.Parse(first)
+	if u.User = nil; err == nil {
+		was.User = nil
+	}
+	if err != nil || u.String() != was.String() {
+		return "", "", errors.New("the URL names another server than at start: that takes a restart")
+	}
+	password, _ = user.Password()
+	return user.Username(), password, nil
 }

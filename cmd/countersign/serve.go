@@ -137,7 +137,7 @@ func (c *serveConfig) options(log *zap.Logger) (*machinesOptions, error) {
 			return nil, fmt.Errorf("orchestrators.oidc: %w", err)
 		}
 	}
-	if o.redis, err = c.Redis.options(); err != nil {
+	if o.redis, err = c.Redis.options(log.Named("redis")); err != nil {
 		return nil, err
 	}
 	if c.Gateway != nil {

@@ -18,7 +18,7 @@ func TestExamineNamesEachCommandThatTheUserMayNotUse(t *testing.T) {
 	srv := redistest.StartACL(t, "broker", "pw", rules)
 	admin := redis.NewClient(&redis.Options{Addr: srv.Addr()})
 	defer func() { _ = admin.Close() }()
-	s := open(t, inflight.Options{Addrs: []string{srv.Addr()}, Username: "broker", Password: "pw"})
+	s := open(t, inflight.Options{Addrs: []string{srv.Addr()}, Credentials: broker})
 	for _, command := range append([]string{""}, commandsOf(rules)...) {
 		if slices.Contains([]string{"ping", "select"}, command) {
 			continue // without them there is no connection

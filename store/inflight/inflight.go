@@ -13,6 +13,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"net"
 	"strconv"
 	"strings"
 	"sync"
@@ -38,16 +39,18 @@ type Options struct {
 	URL string
 	// Addrs (host:port) are one server, some nodes of a Redis Cluster, or the
 	// Sentinels that know where SentinelMaster is.
-	Addrs              []string
-	Cluster            bool
-	SentinelMaster     string
-	Username, Password string
+	Addrs          []string
+	Cluster        bool
+	SentinelMaster string
+	// Credentials are asked, for each new connection to a server, who it is for.
+	// Nil: the user in URL, or nobody.
+	Credentials func() (username, password string)
 	// SentinelUsername and SentinelPassword are for the Sentinels themselves.
 	SentinelUsername, SentinelPassword string
 	DB                                 int
-	// TLS is how servers and Sentinels are spoken to. Nil: in the clear, but for
-	// a URL that begins with rediss.
-	TLS *tls.Config
+	// TLS says, for each new connection, how servers and Sentinels are spoken to.
+	// Nil: in the clear, but for a URL that begins with rediss.
+	TLS func() *tls.Config
 	// Prefix is put before every key, so that several deployments may share a
 	// server under ACL users of their own. DefaultPrefix where it is empty.
 	Prefix string
@@ -147,12 +150,18 @@ func Open(o Options) (*Store, error) {
 // connect returns the client for what o names. It does not turn to the server.
 func (s *Store) connect(o Options) (redis.UniversalClient, error) {
 	u := &redis.UniversalOptions{
-		Addrs: o.Addrs, MasterName: o.SentinelMaster, IsClusterMode: o.Cluster, DB: o.DB, TLSConfig: o.TLS,
-		Username: o.Username, Password: o.Password, SentinelUsername: o.SentinelUsername, SentinelPassword: o.SentinelPassword,
+		Addrs: o.Addrs, MasterName: o.SentinelMaster, IsClusterMode: o.Cluster, DB: o.DB,
+		CredentialsProvider: o.Credentials, SentinelUsername: o.SentinelUsername, SentinelPassword: o.SentinelPassword,
 		DialTimeout: s.timeout, ReadTimeout: s.timeout, WriteTimeout: s.timeout, ContextTimeoutEnabled: true, MaxRetries: 1,
 		DialerRetries:            1, // a Redis that is down is to be known as down at once
 		DisableIdentity:          true,
 		MaintNotificationsConfig: &maintnotifications.Config{Mode: maintnotifications.ModeDisabled},
+	}
+	if o.TLS != nil {
+		// Servers, a Cluster's nodes and Sentinels are all dialled by this.
+		u.Dialer = func(ctx context.Context, network, addr string) (net.Conn, error) {
+			return redis.NewDialer(&redis.Options{DialTimeout: s.timeout, TLSConfig: o.TLS()})(ctx, network, addr)
+		}
 	}
 	switch {
 	case o.URL == "" && len(o.Addrs) > 1 && !o.Cluster && o.SentinelMaster == "":
@@ -164,14 +173,10 @@ func (s *Store) connect(o Options) (redis.UniversalClient, error) {
 	if err != nil {
 		return nil, errors.New("the Redis URL is not of the form redis://[user:password@]host:port[/db]") // err would quote the password
 	}
-	if o.TLS != nil {
-		if opt.TLSConfig == nil {
-			return nil, errors.New("the Redis URL begins with redis, not rediss, and keys for TLS are named")
-		}
-		c := o.TLS.Clone()
-		c.ServerName = opt.TLSConfig.ServerName
-		opt.TLSConfig = c
+	if o.TLS != nil && opt.TLSConfig == nil {
+		return nil, errors.New("the Redis URL begins with redis, not rediss, and keys for TLS are named")
 	}
+	opt.Dialer, opt.CredentialsProvider = u.Dialer, u.CredentialsProvider
 	opt.DialTimeout, opt.ReadTimeout, opt.WriteTimeout = u.DialTimeout, u.ReadTimeout, u.WriteTimeout
 	opt.ContextTimeoutEnabled, opt.MaxRetries, opt.DialerRetries = u.ContextTimeoutEnabled, u.MaxRetries, u.DialerRetries
 	opt.DisableIdentity, opt.MaintNotificationsConfig = u.DisableIdentity, u.MaintNotificationsConfig

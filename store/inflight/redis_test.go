@@ -128,13 +128,15 @@ func TestTheDocumentationPrintsTheACLRules(t *testing.T) {
 
 func TestKeysBeginWithThePrefix(t *testing.T) {
 	srv := redistest.StartACL(t, "broker", "pw", inflight.ACLRules("blue:"))
-	o := inflight.Options{Addrs: []string{srv.Addr()}, Username: "broker", Password: "pw", Prefix: "blue:"}
+	o := inflight.Options{Addrs: []string{srv.Addr()}, Credentials: broker, Prefix: "blue:"}
 	exercise(t, open(t, o))
 	o.Prefix = "green:"
 	if err := open(t, o).Rebuild(t.Context(), nil); err == nil {
 		t.Error("the user reached keys of another deployment")
 	}
 }
+
+func broker() (username, password string) { return "broker", "pw" }
 
 // authority makes certificates for 127.0.0.1.
 type authority struct {
@@ -189,13 +191,14 @@ func TestAServerIsSpokenToByTLSWithCertificatesOnBothSides(t *testing.T) {
 	check(t, err)
 	roots := x509.NewCertPool()
 	roots.AddCert(a.cert)
-	good := &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: roots, Certificates: []tls.Certificate{own}}
+	by := func(c *tls.Config) func() *tls.Config { return func() *tls.Config { return c } }
+	good := by(&tls.Config{MinVersion: tls.VersionTLS12, RootCAs: roots, Certificates: []tls.Certificate{own}})
 	exercise(t, open(t, inflight.Options{URL: "rediss://" + addr, TLS: good}))
 	check(t, open(t, inflight.Options{Addrs: []string{addr}, TLS: good}).Ping(t.Context()))
 
 	for name, o := range map[string]inflight.Options{
-		"an authority that is not trusted": {URL: "rediss://" + addr, TLS: &tls.Config{Certificates: []tls.Certificate{own}}},
-		"no certificate of its own":        {Addrs: []string{addr}, TLS: &tls.Config{RootCAs: roots}},
+		"an authority that is not trusted": {URL: "rediss://" + addr, TLS: by(&tls.Config{Certificates: []tls.Certificate{own}})},
+		"no certificate of its own":        {Addrs: []string{addr}, TLS: by(&tls.Config{RootCAs: roots})},
 		"in the clear":                     {URL: "redis://" + addr},
 	} {
 		o.Timeout = 300 * time.Millisecond
