@@ -141,6 +141,19 @@ func StartCluster(t testing.TB, args ...string) *Cluster {
 	if out, err := exec.Command("redis-cli", append(join, "--cluster-replicas", "0", "--cluster-yes")...).CombinedOutput(); err != nil {
 		t.Fatalf("redis-cli %v: %v\n%s", join, err, out)
 	}
+	// A node takes commands only when it knows that all slots are served.
+	for _, s := range c.Nodes {
+		_, own, _ := net.SplitHostPort(s.addr)
+		for end := time.Now().Add(20 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+			out, _ := exec.Command("redis-cli", "-p", own, "CLUSTER", "INFO").Output()
+			if bytes.Contains(out, []byte("cluster_state:ok")) {
+				break
+			}
+			if time.Now().After(end) {
+				t.Fatalf("a node of the Cluster does not take commands:\n%s", out)
+			}
+		}
+	}
 	return c
 }
 
