@@ -19,7 +19,6 @@ import (
 	"github.com/go-json-experiment/json/jsontext"
 	"go.uber.org/zap"
 
-	"github.com/countersign-dev/countersign/api/auth"
 	"github.com/countersign-dev/countersign/api/page"
 	"github.com/countersign-dev/countersign/api/problem"
 	"github.com/countersign-dev/countersign/approvals"
@@ -80,19 +79,11 @@ func NewHTML(c HTMLConfig) (*HTML, error) {
 	if c.Now == nil {
 		c.Now = time.Now
 	}
-	t, err := template.New("").Funcs(template.FuncMap{
-		"text": page.Text, "stamp": page.Stamp, "clock": page.Clock, "remaining": remaining, "span": page.Span, "delivery": delivery, "access": approvals.AccessInWords, "happened": happened,
+	return &HTML{c, page.Templates(templates, template.FuncMap{
+		"remaining": remaining, "span": page.Span, "delivery": delivery, "access": approvals.AccessInWords, "happened": happened,
 		"join":  func(list []string) string { return strings.Join(list, ", ") },
 		"exact": func(d store.Duration) string { return time.Duration(d).String() },
-	}).ParseFS(templates, "templates/*.html")
-	if err != nil {
-		return nil, fmt.Errorf("templates of the approval pages: %w", err)
-	}
-	files, err := page.NewFiles(static)
-	if err != nil {
-		return nil, err
-	}
-	return &HTML{c: c, t: t, files: files}, nil
+	}), page.NewFiles(static)}, nil
 }
 
 // Routes adds style and scripts.
@@ -110,27 +101,23 @@ func (h *HTML) file(w http.ResponseWriter, r *http.Request) {
 
 // frame is what surrounds every page.
 type frame struct {
-	Title    string
-	Section  string // approvals or passkeys
-	Exact    bool   // it is the section's first page
-	Narrow   bool
-	Person   string
-	CSRF     string
-	Now      time.Time
-	Events   string // where live updates come from; empty: none
-	Kinds    string // their kinds
-	Notice   string // good news
-	Slack    bool   // there are Slack accounts to link
-	Reviews  bool   // the person may read the history
-	Responds bool   // the person may see the freezes
-	Here     string // where the page is got again: it may answer a form
+	page.Frame
+	Notice string // good news
 }
 
 func (h *HTML) frame(r *http.Request, person approvals.Person, section, title string) frame {
-	who := auth.From(r.Context())
-	return frame{Title: title, Section: section, Person: strings.TrimPrefix(person.Name, "user:"), CSRF: h.c.CSRF(r), Now: h.c.Now(),
-		Events: "/approvals/events", Kinds: kinds, Slack: h.c.Slack != nil, Reviews: who != nil && who.Has(auth.Reviewer),
-		Responds: who != nil && (who.Has(auth.Responder) || who.Has(auth.Reviewer))}
+	name := strings.TrimPrefix(person.Name, "user:")
+	f := page.Frame{Title: title, Home: "/approvals", Section: section, Script: "approve.js", Links: page.Links(r, name), Person: name, CSRF: h.c.CSRF(r), Now: h.c.Now()}
+	if h.c.Slack != nil {
+		f.Links = append(f.Links, page.Link{URL: "/slack/link", Name: "Slack"})
+	}
+	f.Data = map[string]string{"now": page.Stamp(f.Now), "csrf": f.CSRF}
+	return frame{Frame: f}
+}
+
+// live has the page be fetched again from here when something happens.
+func (f *frame) live(here string) {
+	f.Here, f.Data["here"], f.Data["events"], f.Data["kinds"] = here, here, "/approvals/events", kinds
 }
 
 // kinds are the events that a page is fetched again for.
@@ -234,8 +221,9 @@ func (h *HTML) Inbox(w http.ResponseWriter, r *http.Request, person approvals.Pe
 		Tabs                   []tab
 		Kin                    []*kin
 		First, More, Version   string
-	}{frame: h.frame(r, person, "approvals", "Approvals")}
-	inbox.Exact, inbox.Here = true, r.URL.RequestURI()
+	}{frame: h.frame(r, person, "/approvals", "Approvals")}
+	inbox.Exact = true
+	inbox.live(r.URL.RequestURI())
 	for _, t := range tabs {
 		inbox.Tabs = append(inbox.Tabs, tab{t.name, "/approvals?state=" + t.state, t.state == f.State})
 		if t.state == f.State {
@@ -384,13 +372,13 @@ func wrong(doc *problem.Problem, err error) string {
 // request makes the page of req as person sees it.
 func (h *HTML) request(r *http.Request, person approvals.Person, req *approvals.Request) (*requestPage, error) {
 	p := &requestPage{
-		frame: h.frame(r, person, "approvals", req.Scope), R: req,
+		frame: h.frame(r, person, "/approvals", req.Scope), R: req,
 		State: stateOf(req.Status), Pending: req.Status == store.StatusPending,
 		Waits: req.Status == store.StatusPending || req.Status == store.StatusApproved,
 		Rule:  page.RuleInWords(&req.Rule), ReasonDue: req.Rule.Reasons.Approver, Passkey: req.Rule.Passkey,
 		Standing: req.Rule.Standing, Enrol: h.c.Enrol,
 	}
-	p.Here = "/approvals/" + url.PathEscape(req.ID)
+	p.live("/approvals/" + url.PathEscape(req.ID))
 	if h.c.Scopes != nil {
 		if set := h.c.Scopes.Current(); set != nil {
 			if s, ok := set.Scope(req.Scope); ok {
@@ -511,19 +499,9 @@ func cannot(err error) string {
 
 // Problem answers with doc as a page.
 func (h *HTML) Problem(w http.ResponseWriter, r *http.Request, person approvals.Person, doc *problem.Problem) {
-	doc = problem.Logged(r, doc)
-	if doc.RetryAfter > 0 {
-		w.Header().Set("Retry-After", fmt.Sprint(int64((doc.RetryAfter+time.Second-1)/time.Second)))
-	}
-	page := struct {
-		frame
-		Heading, Detail, Advice, Instance string
-		Links                             []tab
-	}{frame: h.frame(r, person, "", doc.Title), Heading: doc.Title, Detail: page.Sentence(doc.Detail), Instance: problem.RequestID(r.Context())}
-	page.Narrow, page.Events = true, ""
-	page.Links = []tab{{Name: "All approvals", URL: "/approvals"}}
+	advice := ""
 	if doc.Status >= http.StatusInternalServerError {
-		page.Advice = "Nothing was decided unless its page says so. Look at the request again before you repeat anything."
+		advice = "Nothing was decided unless its page says so. Look at the request again before you repeat anything."
 	}
-	h.write(w, r, doc.Status, "problem", page)
+	page.WriteProblem(w, r, h.t, h.frame(r, person, "", "").Frame, doc, "All approvals", advice)
 }

@@ -43,9 +43,10 @@ func (h *HTML) Passkeys(w http.ResponseWriter, r *http.Request, person approvals
 }
 
 func (h *HTML) passkeys(r *http.Request, person approvals.Person, keys []approvals.Passkey) (*passkeysPage, error) {
-	p := &passkeysPage{frame: h.frame(r, person, "passkeys", "Passkeys"), Enrol: h.c.Enrol, Version: version(keys),
+	p := &passkeysPage{frame: h.frame(r, person, "/passkeys", "Passkeys"), Enrol: h.c.Enrol, Version: version(keys),
 		Activation: "A second person then activates it; until then it signs nothing."}
-	p.Narrow, p.Here = true, "/passkeys"
+	p.Narrow, p.Exact = true, true
+	p.live("/passkeys")
 	if h.c.ActivateAfter > 0 {
 		p.Activation = "It signs once a second person has activated it, or " + page.Span(store.Duration(h.c.ActivateAfter.Truncate(time.Second))) + " after it was enrolled."
 	}

@@ -46,8 +46,8 @@ func caller(r *http.Request) (approvals.Person, bool) {
 }
 
 func (h *HTML) slackPage(r *http.Request, person approvals.Person) *slackPage {
-	p := &slackPage{frame: h.frame(r, person, "slack", "Slack account")}
-	p.Narrow, p.Events = true, ""
+	p := &slackPage{frame: h.frame(r, person, "/slack/link", "Slack account")}
+	p.Narrow, p.Exact = true, true
 	p.Account, p.Pending = h.c.Slack.PendingLink(person)
 	p.Mine, p.Linked = h.c.Slack.Linked(person)
 	return p

@@ -1,4 +1,4 @@
-// Package page is what the recorder's pages have in common: their style, the
+// Package page is what the recorder's pages have in common: layout and style, the
 // headers under which a browser takes them, and how they write texts, times and
 // rules for people.
 package page
@@ -13,17 +13,66 @@ import (
 	"io/fs"
 	"net/http"
 	"path"
+	"strconv"
 	"strings"
 	"time"
 	"unicode"
 	"unicode/utf8"
 
+	"github.com/countersign-dev/countersign/api/auth"
 	"github.com/countersign-dev/countersign/api/problem"
 	"github.com/countersign-dev/countersign/store"
 )
 
 //go:embed static
 var static embed.FS
+
+//go:embed layout.html
+var layout string
+
+// Templates parses templates/*.html of files, which are the program's own, over
+// the layout of every page: "top", "bottom" and "problem". They define "foot",
+// and take data that embeds a Frame.
+func Templates(files fs.FS, funcs template.FuncMap) *template.Template {
+	t := template.New("").Funcs(template.FuncMap{"text": Text, "clock": Clock}).Funcs(funcs)
+	return template.Must(template.Must(t.Parse(layout)).ParseFS(files, "templates/*.html"))
+}
+
+// Link leads to a page.
+type Link struct{ URL, Name string }
+
+// Frame is what surrounds a page.
+type Frame struct {
+	Title   string
+	Home    string            // the first page of its kind; their files are under Home/static
+	Style   string            // a file beside page.css; empty: none
+	Script  string            // a file; empty: none
+	Data    map[string]string // for the script, as data attributes of the body
+	Links   []Link            // to pages of other kinds
+	Section string            // the URL of the link that the page stands under
+	Exact   bool              // it is the page that this link leads to
+	Person  string            // who is logged in; empty: a token
+	CSRF    string
+	Now     time.Time
+	Narrow  bool
+	Here    string // where the page is got again, since it may answer a form; empty: nowhere
+}
+
+// Links are to the recorder's pages that whoever r is from may see. person is
+// who is logged in, empty for a token.
+func Links(r *http.Request, person string) (list []Link) {
+	if person != "" {
+		list = append(list, Link{"/approvals", "Approvals"}, Link{"/passkeys", "Passkeys"})
+	}
+	p := auth.From(r.Context())
+	if p != nil && p.Has(auth.Reviewer) {
+		list = append(list, Link{"/history", "History"})
+	}
+	if p != nil && (p.Has(auth.Reviewer) || p.Has(auth.Responder)) {
+		list = append(list, Link{"/revocations", "Freezes"})
+	}
+	return list
+}
 
 // Policy is the Content-Security-Policy of every page: all that a page loads,
 // runs and posts to is this recorder's own, and nobody frames it.
@@ -65,6 +114,20 @@ func Write(w http.ResponseWriter, r *http.Request, status int, t *template.Templ
 	_, _ = b.WriteTo(w)
 }
 
+// WriteProblem answers with doc in the frame f. back is what the link to its home
+// says, and advice what to do, if anything.
+func WriteProblem(w http.ResponseWriter, r *http.Request, t *template.Template, f Frame, doc *problem.Problem, back, advice string) {
+	doc = problem.Logged(r, doc)
+	if doc.RetryAfter > 0 {
+		w.Header().Set("Retry-After", strconv.FormatInt(int64((doc.RetryAfter+time.Second-1)/time.Second), 10))
+	}
+	f.Title, f.Narrow = doc.Title, true
+	Write(w, r, doc.Status, t, "problem", struct {
+		Frame
+		Detail, Advice, Back, Instance string
+	}{f, Sentence(doc.Detail), advice, back, problem.RequestID(r.Context())})
+}
+
 // Files are static files that pages load, by name.
 type Files struct {
 	body map[string][]byte
@@ -72,24 +135,24 @@ type Files struct {
 }
 
 // NewFiles returns the files of every page, page.css and icon.svg, and those of
-// the directory static in each of more.
-func NewFiles(more ...fs.FS) (*Files, error) {
+// the directory static in own, which are the program's too.
+func NewFiles(own fs.FS) *Files {
 	f := &Files{map[string][]byte{}, map[string]string{}}
-	for _, from := range append([]fs.FS{static}, more...) {
-		list, err := fs.ReadDir(from, "static")
-		if err != nil {
-			return nil, fmt.Errorf("files of the pages: %w", err)
-		}
-		for _, e := range list {
-			b, err := fs.ReadFile(from, "static/"+e.Name())
-			if err != nil {
-				return nil, fmt.Errorf("files of the pages: %w", err)
+	for _, from := range []fs.FS{static, own} {
+		names, err := fs.Glob(from, "static/*")
+		for _, name := range names {
+			var b []byte
+			if b, err = fs.ReadFile(from, name); err != nil {
+				break
 			}
 			sum := sha256.Sum256(b)
-			f.body[e.Name()], f.etag[e.Name()] = b, `"`+base64.RawURLEncoding.EncodeToString(sum[:12])+`"`
+			f.body[path.Base(name)], f.etag[path.Base(name)] = b, `"`+base64.RawURLEncoding.EncodeToString(sum[:12])+`"`
+		}
+		if err != nil {
+			panic(err) // embedded: no test passes
 		}
 	}
-	return f, nil
+	return f
 }
 
 // Serve answers with the file named name.

@@ -7,13 +7,12 @@ import (
 	"fmt"
 	"html/template"
 	"net/http"
+	"slices"
 	"strings"
-	"time"
 
 	"github.com/go-chi/chi/v5"
 	"github.com/go-json-experiment/json"
 	"github.com/go-json-experiment/json/jsontext"
-	"go.uber.org/zap"
 
 	"github.com/countersign-dev/countersign/api/auth"
 	"github.com/countersign-dev/countersign/api/client"
@@ -28,19 +27,9 @@ var templateFiles embed.FS
 //go:embed static
 var staticFiles embed.FS
 
-// What is embedded is the program's own: where it does not parse, no test
-// passes.
 var (
-	templates = template.Must(template.New("").Funcs(template.FuncMap{
-		"text": page.Text, "stamp": page.Stamp, "clock": page.Clock, "covers": covers, "count": plural,
-	}).ParseFS(templateFiles, "templates/*.html"))
-	files = func() *page.Files {
-		f, err := page.NewFiles(staticFiles)
-		if err != nil {
-			panic(err)
-		}
-		return f
-	}()
+	templates = page.Templates(templateFiles, template.FuncMap{"covers": covers, "count": plural})
+	files     = page.NewFiles(staticFiles)
 )
 
 // covers is what a freeze covers, in words.
@@ -50,25 +39,31 @@ func plural(n int64, what string) string { return page.Count(int(n), what) }
 
 // frame is what surrounds every page.
 type frame struct {
-	Title   string
-	Person  string // who is logged in; empty: a token
+	page.Frame
 	Acts    bool   // may set and lift
 	Reviews bool   // may read the history
-	CSRF    string
-	Now     time.Time
-	Every   int    // seconds after which the page is fetched again; 0: it does not change by itself
 	Version string // of what changes
 }
 
 func (s *Server) frame(r *http.Request, title string) frame {
-	f := frame{Title: title, Now: s.c.Now()}
+	f := frame{Frame: page.Frame{Title: title, Home: "/revocations", Section: "/revocations", Here: "/revocations", Script: "respond.js", Now: s.c.Now(), Narrow: true}}
 	if p := auth.From(r.Context()); p != nil {
 		f.Acts, f.Reviews = p.Has(auth.Responder), p.Has(auth.Reviewer)
 		if s.c.Guard.People != nil && p.Method == "session" {
 			f.Person, f.CSRF = p.Name, s.c.Guard.People.CSRF(r)
 		}
 	}
+	f.Links = page.Links(r, f.Person)
 	return f
+}
+
+// live has the page show what changes, and be fetched again after a while: soon
+// where credentials are to go.
+func (f *frame) live(shown any, busy bool) {
+	f.Version, f.Data = version(shown), map[string]string{"every": "10"} // seconds
+	if busy {
+		f.Data["every"] = "1"
+	}
 }
 
 // version names what a region of a page shows, so that the script replaces it
@@ -81,13 +76,6 @@ func version(shown any) string {
 	sum := sha256.Sum256(b)
 	return hex.EncodeToString(sum[:8])
 }
-
-// How often a page is fetched again, in seconds: while credentials are to go,
-// and otherwise.
-const (
-	everyBusy = 1
-	everyIdle = 10
-)
 
 // listPage shows the freezes. What a person typed, and why it was not taken, is
 // shown again.
@@ -106,12 +94,7 @@ func (s *Server) listPage(w http.ResponseWriter, r *http.Request, status int, ty
 	if why != nil {
 		data.Wrong = page.Sentence(problem.From(why).Detail)
 	}
-	data.Every, data.Version = everyIdle, version(list)
-	for i := range list.Revocations {
-		if list.Revocations[i].Left() > 0 {
-			data.Every = everyBusy
-		}
-	}
+	data.live(list, slices.ContainsFunc(list.Revocations, func(v client.Revocation) bool { return v.Left() > 0 }))
 	page.Write(w, r, status, templates, "list", data)
 }
 
@@ -125,10 +108,7 @@ func (s *Server) onePage(w http.ResponseWriter, r *http.Request, v *client.Revoc
 	if p := auth.From(r.Context()); p != nil {
 		data.Own = strings.EqualFold(v.SetBy, p.Person())
 	}
-	data.Every, data.Version = everyIdle, version(v)
-	if v.Left() > 0 {
-		data.Every = everyBusy
-	}
+	data.live(v, v.Left() > 0)
 	page.Write(w, r, http.StatusOK, templates, "one", data)
 }
 
@@ -138,14 +118,7 @@ func (s *Server) fail(w http.ResponseWriter, r *http.Request, err error) {
 		problem.Write(w, r, err)
 		return
 	}
-	doc := problem.From(err)
-	if doc.Status >= http.StatusInternalServerError {
-		problem.Logger(r.Context()).Error("request failed", zap.String("problem", doc.Slug()), zap.String("method", r.Method), zap.NamedError("because", doc.Unwrap()))
-	}
-	page.Write(w, r, doc.Status, templates, "problem", struct {
-		frame
-		Detail, Instance string
-	}{s.frame(r, doc.Title), page.Sentence(doc.Detail), problem.RequestID(r.Context())})
+	page.WriteProblem(w, r, templates, s.frame(r, "").Frame, problem.From(err), "To the freezes", "")
 }
 
 func (s *Server) file(w http.ResponseWriter, r *http.Request) {

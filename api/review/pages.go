@@ -32,21 +32,13 @@ var templateFiles embed.FS
 //go:embed static
 var staticFiles embed.FS
 
-// What is embedded is the program's own: where it does not parse, no test
-// passes.
 var (
-	templates = template.Must(template.New("").Funcs(template.FuncMap{
-		"text": page.Text, "stamp": page.Stamp, "clock": page.Clock, "thousands": thousands,
-		"story": storyURL, "person": personURL, "credential": credentialURL, "entry": entryURL,
+	templates = page.Templates(templateFiles, template.FuncMap{
+		"thousands": thousands,
+		"story":     storyURL, "person": personURL, "credential": credentialURL, "entry": entryURL,
 		"num": func(f float64) string { return strconv.FormatFloat(f, 'f', 2, 64) },
-	}).ParseFS(templateFiles, "templates/*.html"))
-	files = func() *page.Files {
-		f, err := page.NewFiles(staticFiles)
-		if err != nil {
-			panic(err)
-		}
-		return f
-	}()
+	})
+	files = page.NewFiles(staticFiles)
 )
 
 const (
@@ -67,27 +59,18 @@ func personURL(name string) string       { return "/history/people/" + url.PathE
 func credentialURL(intent string) string { return "/history/credentials/" + url.PathEscape(intent) }
 func entryURL(index int64) string        { return fmt.Sprintf("/history/%d", index) }
 
-// frame is what surrounds every page.
-type frame struct {
-	Title   string
-	Person  string // who is logged in; empty: a token
-	Decides bool   // there are approvals to look at
-	CSRF    string
-	Now     time.Time
-	Wide    bool
-}
-
-func (s *Server) frame(r *http.Request, title string) frame {
+func (s *Server) frame(r *http.Request, title string) page.Frame {
 	unseen := func(c rune) rune { // a title takes no markup to show them by
 		if page.Unseen(c) {
 			return '\uFFFD'
 		}
 		return c
 	}
-	f := frame{Title: strings.Map(unseen, title), Now: s.now()}
+	f := page.Frame{Title: strings.Map(unseen, title), Home: "/history", Section: "/history", Style: "history.css", Now: s.now()}
 	if p := auth.From(r.Context()); p != nil && s.guard.People != nil && p.Method == "session" {
-		f.Person, f.Decides, f.CSRF = p.Name, true, s.guard.People.CSRF(r)
+		f.Person, f.CSRF = p.Name, s.guard.People.CSRF(r)
 	}
+	f.Links = page.Links(r, f.Person)
 	return f
 }
 
@@ -100,11 +83,7 @@ func (s *Server) fail(w http.ResponseWriter, r *http.Request, err error) {
 		problem.Write(w, r, err)
 		return
 	}
-	doc := problem.Logged(r, problem.From(err))
-	page.Write(w, r, doc.Status, s.t, "problem", struct {
-		frame
-		Detail, Instance string
-	}{s.frame(r, doc.Title), page.Sentence(doc.Detail), problem.RequestID(r.Context())})
+	page.WriteProblem(w, r, s.t, s.frame(r, ""), problem.From(err), "To the history", "")
 }
 
 func (s *Server) file(w http.ResponseWriter, r *http.Request) {
@@ -214,7 +193,7 @@ type quick struct {
 
 // timelinePage is the page of GET /history.
 type timelinePage struct {
-	frame
+	page.Frame
 	Start       bool // nothing was asked for
 	From, To    string
 	Fields      []field
@@ -242,8 +221,7 @@ type timelinePage struct {
 // kind over time.
 func (s *Server) timeline(w http.ResponseWriter, r *http.Request, a *ask) {
 	now := s.now().UTC()
-	p := &timelinePage{frame: s.frame(r, "History"), Start: a.plain, Reload: r.URL.RequestURI()}
-	p.Wide = true
+	p := &timelinePage{Frame: s.frame(r, "History"), Start: a.plain, Reload: r.URL.RequestURI()}
 	if a.plain {
 		a.From = now.Add(-startWindow).Truncate(time.Hour)
 	}
@@ -480,7 +458,7 @@ func (s *Server) entry(w http.ResponseWriter, r *http.Request) {
 	}
 	type text struct{ Name, Text, Commitment string }
 	x := struct {
-		frame
+		page.Frame
 		It          *item
 		Leaf, Raw   string
 		Texts       []text
@@ -488,8 +466,7 @@ func (s *Server) entry(w http.ResponseWriter, r *http.Request) {
 		Proof       string
 		Prev, After string
 		JSON        string
-	}{frame: s.frame(r, fmt.Sprintf("Entry %d", index)), It: it, Leaf: string(pretty), Raw: string(receipt.Leaf), Hash: hash, Proof: receipt.TlogProof(), JSON: entryURL(index) + "?format=json"}
-	x.Wide = true
+	}{Frame: s.frame(r, fmt.Sprintf("Entry %d", index)), It: it, Leaf: string(pretty), Raw: string(receipt.Leaf), Hash: hash, Proof: receipt.TlogProof(), JSON: entryURL(index) + "?format=json"}
 	for _, name := range slices.Sorted(maps.Keys(it.Sealed)) {
 		if opened, ok := it.Opened[name]; ok {
 			x.Texts = append(x.Texts, text{name, opened, it.Sealed[name]})

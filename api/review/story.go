@@ -227,7 +227,7 @@ func (c *chapter) sum(partial bool) {
 
 // storyPage is the page of one step.
 type storyPage struct {
-	frame
+	page.Frame
 	Run, Step string
 	Chapters  []*chapter
 	Others    []*item // entries of the step that belong to no request
@@ -264,8 +264,7 @@ func (s *Server) step(w http.ResponseWriter, r *http.Request) {
 		s.fail(w, r, err)
 		return
 	}
-	p := &storyPage{frame: s.frame(r, "Step "+step), Run: run, Step: step, List: with(&q)}
-	p.Wide = true
+	p := &storyPage{Frame: s.frame(r, "Step "+step), Run: run, Step: step, List: with(&q)}
 	p.JSON, p.CSV = storyURL(run, step)+"?format=json", storyURL(run, step)+"?format=csv"
 	if p.Claim, err = s.judge(r, run, step); err != nil {
 		s.fail(w, r, err)
@@ -412,7 +411,7 @@ func (s *Server) about(w http.ResponseWriter, r *http.Request, set func(*ledger.
 
 // aboutPage is the page of one person, or of one credential.
 type aboutPage struct {
-	frame
+	page.Frame
 	Name        string
 	IsPerson    bool
 	Pseudonym   string
@@ -451,8 +450,7 @@ func (s *Server) person(w http.ResponseWriter, r *http.Request) {
 			p.Name = it.Name
 		}
 	}
-	p.frame = s.frame(r, strings.TrimPrefix(p.Name, "user:"))
-	p.Wide = true
+	p.Frame = s.frame(r, strings.TrimPrefix(p.Name, "user:"))
 	page.Write(w, r, http.StatusOK, s.t, "about", p)
 }
 
@@ -491,8 +489,7 @@ func (s *Server) credential(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	p.Items = slices.DeleteFunc(results(p.Items), func(x *item) bool { return x.Intent != intent && x.Type != store.UseFinished })
-	p.frame = s.frame(r, "Credential for "+it.Action)
-	p.Wide = true
+	p.Frame = s.frame(r, "Credential for "+it.Action)
 	page.Write(w, r, http.StatusOK, s.t, "about", p)
 }
 
