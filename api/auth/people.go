@@ -186,6 +186,9 @@ func NewPeople(c PeopleConfig) (*People, error) {
 		client = *c.HTTPClient
 	}
 	client.Transport = &bounded{next: client.Transport}
+	// Its endpoints were checked when it named them; one that sends on would have
+	// code and secret, or the keys that are trusted, go by one that was not.
+	client.CheckRedirect = func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
 	p := &People{
 		Sessions: newSessions(c.Now, c.SessionLife, c.IdleLife),
 		c:        c, now: c.Now, base: base, secure: base.Scheme == "https", log: c.Log,

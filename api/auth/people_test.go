@@ -1028,10 +1028,12 @@ type hostile struct {
 	key   *ecdsa.PrivateKey
 	other *ecdsa.PrivateKey // not in its key set
 
-	mu       sync.Mutex
-	token    func(claims map[string]any) string
-	secrets  int // token calls
-	discover map[string]any
+	mu        sync.Mutex
+	token     func(claims map[string]any) string
+	secrets   int // token calls
+	sendsOn   int // status by which token calls are sent to elsewhere; 0: they are answered
+	elsewhere string
+	discover  map[string]any
 }
 
 func newHostile(t *testing.T) *hostile {
@@ -1068,6 +1070,10 @@ func newHostile(t *testing.T) *hostile {
 		h.mu.Lock()
 		defer h.mu.Unlock()
 		h.secrets++
+		if h.sendsOn != 0 {
+			http.Redirect(w, r, h.elsewhere, h.sendsOn)
+			return
+		}
 		now := time.Now()
 		claims := map[string]any{"iss": h.URL, "aud": "recorder", "sub": "1", "exp": now.Add(time.Minute).Unix(), "iat": now.Unix(), "auth_time": now.Unix(),
 			"nonce": nonces[r.FormValue("code")], "preferred_username": "ann", "groups": []string{"dba"}}
@@ -1322,6 +1328,34 @@ func TestARefusedCodeIsSentOnce(t *testing.T) {
 	defer h.mu.Unlock()
 	if h.secrets != 1 {
 		t.Fatalf("%d calls", h.secrets)
+	}
+}
+
+func TestACodeIsNotSentOnToWhereTheProviderLeads(t *testing.T) {
+	h := newHostile(t)
+	var asked atomic.Int64
+	other := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		asked.Add(1)
+		http.Redirect(w, r, h.URL+"/token", http.StatusTemporaryRedirect)
+	}))
+	t.Cleanup(other.Close)
+	h.elsewhere = other.URL
+	h.says(func(claims map[string]any) string { return h.sign(claims, h.key, jose.ES256, "k") })
+	o := open(t, h.URL, nil)
+	login := func() int {
+		b := o.browser(t)
+		return b.get(b.get(b.get("/login").location(t).String()).location(t).String()).StatusCode
+	}
+	if status := login(); status != http.StatusSeeOther {
+		t.Fatalf("HTTP %d by a provider that answers", status)
+	}
+	for _, h.sendsOn = range []int{301, 302, 303, 307, 308} {
+		if status := login(); status < 400 || !strings.Contains(o.because(), fmt.Sprintf("HTTP %d", h.sendsOn)) {
+			t.Errorf("%d: HTTP %d, because %q", h.sendsOn, status, o.because())
+		}
+	}
+	if n := asked.Load(); n > 0 {
+		t.Errorf("%d calls elsewhere", n)
 	}
 }
 
