@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -17,20 +18,23 @@ import (
 	"github.com/go-json-experiment/json"
 	"github.com/go-json-experiment/json/jsontext"
 	"github.com/spf13/cobra"
+	"go.uber.org/zap"
 
 	"github.com/countersign-dev/countersign/api/client"
 	"github.com/countersign-dev/countersign/api/problem"
 	"github.com/countersign-dev/countersign/store"
+	"github.com/countersign-dev/countersign/store/trust"
 )
 
 // askFlags are the flags of a request for a credential, and of who asks whom.
 type askFlags struct {
-	addr, token, step string
-	ask               client.Ask
-	params            []string
-	publicKey         string // file
-	key               string // Idempotency-Key
-	wait              time.Duration
+	caller
+	step      string
+	ask       client.Ask
+	params    []string
+	publicKey string // file
+	key       string // Idempotency-Key
+	wait      time.Duration
 
 	unanswered bool   // a call was made, and no answer to it was read
 	pending    string // the request that people are still to decide
@@ -55,6 +59,7 @@ const longestWait = 5 * time.Minute
 func (f *askFlags) add(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&f.addr, "addr", "", "the broker's URL ($COUNTERSIGN_ADDR)")
 	cmd.Flags().StringVar(&f.token, "token", "", "the orchestrator's token ($COUNTERSIGN_TOKEN)")
+	f.addCert(cmd)
 	cmd.Flags().StringVar(&f.ask.Scope, "scope", "", "what is asked for")
 	cmd.Flags().StringVar(&f.step, "step", "", "the step it is for")
 	cmd.Flags().StringVar(&f.ask.Run, "run", "", "the run the step belongs to")
@@ -72,18 +77,37 @@ func (f *askFlags) add(cmd *cobra.Command) {
 	}
 }
 
-// broker is a client for the broker that the flags or the environment name.
-func (f *askFlags) broker() (*client.Broker, error) { return newBroker(f.addr, f.token) }
+// caller is an orchestrator, by token or client certificate, and its broker.
+type caller struct {
+	addr, token string
+	cert, key   string // files
+}
 
-func newBroker(addr, token string) (*client.Broker, error) {
-	addr, token = orEnv(addr, "COUNTERSIGN_ADDR"), orEnv(token, "COUNTERSIGN_TOKEN")
+func (c *caller) addCert(cmd *cobra.Command) {
+	cmd.Flags().StringVar(&c.cert, "cert", "", "file with the orchestrator's client certificate, PEM ($COUNTERSIGN_CERT)")
+	cmd.Flags().StringVar(&c.key, "key", "", "file with its private key, PEM ($COUNTERSIGN_KEY)")
+}
+
+// broker is a client for the broker that the flags or the environment name.
+func (c *caller) broker() (*client.Broker, error) {
+	addr, token := orEnv(c.addr, "COUNTERSIGN_ADDR"), orEnv(c.token, "COUNTERSIGN_TOKEN")
+	files := trust.Files{Cert: cmp.Or(c.cert, os.Getenv("COUNTERSIGN_CERT")), Key: cmp.Or(c.key, os.Getenv("COUNTERSIGN_KEY"))}
 	switch {
 	case addr == "":
 		return nil, errors.New("no broker named: set COUNTERSIGN_ADDR, or add --addr URL")
-	case token == "":
-		return nil, errors.New("no token given: set COUNTERSIGN_TOKEN to the orchestrator's")
+	case (files.Cert == "") != (files.Key == ""):
+		return nil, errors.New("a certificate and its key go together: --cert FILE and --key FILE, or COUNTERSIGN_CERT and COUNTERSIGN_KEY")
+	case files.Cert != "" && !strings.HasPrefix(addr, "https://"):
+		return nil, fmt.Errorf("a certificate is shown over TLS alone, and the broker's address is %q", addr)
+	case token == "" && files.Cert == "":
+		return nil, errors.New("no token given: set COUNTERSIGN_TOKEN to the orchestrator's, or show its certificate with --cert and --key")
 	}
-	return client.NewBroker(client.Config{URL: addr, Token: client.Token(token)})
+	// What it reloads, and what it does not, is for the broker's answer to say.
+	certs, err := trust.Open(files, zap.NewNop())
+	if err != nil {
+		return nil, fmt.Errorf("--cert and --key: %w", err)
+	}
+	return client.NewBroker(client.Config{URL: addr, Token: client.Token(token), Transport: certs.Transport(http.DefaultTransport.(*http.Transport))})
 }
 
 // request asks, and waits while the request is under way for as long as the
@@ -187,6 +211,8 @@ func hint(err error, server, variable string) error {
 	var p *problem.Problem
 	var u *url.Error
 	switch {
+	case errors.As(err, &p) && p.Status == http.StatusUnauthorized && server == "the broker":
+		return fmt.Errorf("%w; is COUNTERSIGN_TOKEN a token of %s, and not revoked, or COUNTERSIGN_CERT a certificate that it knows?", err, server)
 	case errors.As(err, &p) && p.Status == http.StatusUnauthorized:
 		return fmt.Errorf("%w; is COUNTERSIGN_TOKEN a token of %s, and not revoked?", err, server)
 	case errors.As(err, &u) && !errors.Is(err, context.Canceled):

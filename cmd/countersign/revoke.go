@@ -24,7 +24,8 @@ import (
 const lookEvery = 250 * time.Millisecond
 
 func revokeCommand() *cobra.Command {
-	var addr, recorder, token, reason, output string
+	var recorder, reason, output string
+	var by caller
 	var stop client.Stop
 	var wait bool
 	cmd := &cobra.Command{
@@ -38,7 +39,8 @@ you are follows from ` + "`countersign login`" + `, or from the token in COUNTER
 
 As an orchestrator, with --run and --step and no --reason, end the credentials of
 that step. The broker is named by COUNTERSIGN_ADDR, the token is in
-COUNTERSIGN_TOKEN.
+COUNTERSIGN_TOKEN, or a certificate in the files of COUNTERSIGN_CERT and
+COUNTERSIGN_KEY.
 
 With --wait it ends once nothing is left that can be revoked, and with an error
 where it is broken off before.`,
@@ -50,9 +52,9 @@ where it is broken off before.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			step := stop.Run != "" && stop.Step != "" && !stop.All && stop.Orchestrator == "" && stop.Scope == ""
-			responds := strings.HasPrefix(orEnv(token, "COUNTERSIGN_TOKEN"), "cs_responder_")
+			responds := strings.HasPrefix(orEnv(by.token, "COUNTERSIGN_TOKEN"), "cs_responder_")
 			if step && reason == "" && !responds {
-				return revokeStep(cmd, addr, token, stop.Run, stop.Step, output)
+				return revokeStep(cmd, &by, stop.Run, stop.Step, output)
 			}
 			if err := store.FreezeDetails(stop).Check(); err != nil {
 				return fmt.Errorf("%w: add --run R, --step S, --orchestrator O, --scope S, or --all alone", err)
@@ -60,7 +62,7 @@ where it is broken off before.`,
 			if strings.TrimSpace(reason) == "" {
 				return errors.New("say why with --reason: it goes on record")
 			}
-			r, err := responder(recorder, token)
+			r, err := responder(recorder, by.token)
 			if err != nil {
 				return err
 			}
@@ -78,8 +80,9 @@ where it is broken off before.`,
 		},
 	}
 	cmd.PersistentFlags().StringVar(&recorder, "recorder", "", "the recorder's URL ($COUNTERSIGN_RECORDER)")
-	cmd.PersistentFlags().StringVar(&token, "token", "", "the caller's token ($COUNTERSIGN_TOKEN)")
-	cmd.Flags().StringVar(&addr, "addr", "", "the broker's URL, for an orchestrator ($COUNTERSIGN_ADDR)")
+	cmd.PersistentFlags().StringVar(&by.token, "token", "", "the caller's token ($COUNTERSIGN_TOKEN)")
+	cmd.Flags().StringVar(&by.addr, "addr", "", "the broker's URL, for an orchestrator ($COUNTERSIGN_ADDR)")
+	by.addCert(cmd)
 	cmd.Flags().StringVar(&stop.Run, "run", "", "the run")
 	cmd.Flags().StringVar(&stop.Step, "step", "", "the step")
 	cmd.Flags().StringVar(&stop.Orchestrator, "orchestrator", "", "the orchestrator")
@@ -95,7 +98,7 @@ where it is broken off before.`,
 		Short: "List the freezes, or one of them with the credentials still live under it",
 		Args:  cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			r, err := responder(recorder, token)
+			r, err := responder(recorder, by.token)
 			if err != nil {
 				return err
 			}
@@ -125,7 +128,7 @@ where it is broken off before.`,
 			if strings.TrimSpace(why) == "" {
 				return errors.New("say why with --reason: it goes on record")
 			}
-			r, err := responder(recorder, token)
+			r, err := responder(recorder, by.token)
 			if err != nil {
 				return err
 			}
@@ -151,13 +154,13 @@ func responder(recorder, token string) (*client.Responder, error) {
 }
 
 // revokeStep ends a step's credentials as its orchestrator.
-func revokeStep(cmd *cobra.Command, addr, token, run, step, output string) error {
+func revokeStep(cmd *cobra.Command, by *caller, run, step, output string) error {
 	for name, id := range map[string]string{"run": run, "step": step} {
 		if !store.ValidID(id) {
 			return fmt.Errorf("--%s: %q is not an ID of letters, digits, '.', '_' and '-'", name, id)
 		}
 	}
-	b, err := newBroker(addr, token)
+	b, err := by.broker()
 	if err != nil {
 		return err
 	}

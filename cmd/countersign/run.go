@@ -35,7 +35,8 @@ exit status is the command's.
 The environment holds COUNTERSIGN_CREDENTIAL_<MEMBER> for each member of the
 credential, COUNTERSIGN_REQUEST, _RUN, _STEP, _SCOPE, _IDENTITY, _EXPIRES_AT,
 and, by kind, VAULT_TOKEN and VAULT_ADDR, or PGHOST, PGPORT, PGDATABASE,
-PGUSER and PGPASSWORD. COUNTERSIGN_TOKEN, the orchestrator's own, is taken out.
+PGUSER and PGPASSWORD. COUNTERSIGN_TOKEN, COUNTERSIGN_CERT and COUNTERSIGN_KEY,
+the orchestrator's own, are taken out.
 ` + exitCodesHelp + `
 Stopped by a signal while it waits, it takes the request back.`,
 		Example: `  countersign run --scope orders-db:read --run run-42 --step reconcile -- psql -c 'SELECT count(*) FROM orders'`,
@@ -156,13 +157,16 @@ func runChild(ctx context.Context, path string, args []string, env map[string]st
 	}
 }
 
+// ownEnv is who the orchestrator is.
+var ownEnv = []string{"COUNTERSIGN_TOKEN", "COUNTERSIGN_TOKEN_FILE", "COUNTERSIGN_CERT", "COUNTERSIGN_KEY"}
+
 // childEnv is the environment of the command: that of this process without the
-// orchestrator's token and without credentials that the new one replaces.
+// orchestrator's own and without credentials that the new one replaces.
 func childEnv(env []string, set map[string]string) []string {
 	env = slices.DeleteFunc(slices.Clone(env), func(kv string) bool {
 		name, _, _ := strings.Cut(kv, "=")
 		_, replaced := set[name]
-		return replaced || name == "COUNTERSIGN_TOKEN" || name == "COUNTERSIGN_TOKEN_FILE" || strings.HasPrefix(name, "COUNTERSIGN_CREDENTIAL_")
+		return replaced || slices.Contains(ownEnv, name) || strings.HasPrefix(name, "COUNTERSIGN_CREDENTIAL_")
 	})
 	for name, value := range set {
 		env = append(env, name+"="+value)
