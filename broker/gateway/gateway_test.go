@@ -21,6 +21,7 @@ import (
 	"golang.org/x/mod/sumdb/note"
 
 	"github.com/countersign-dev/countersign/broker/gateway"
+	"github.com/countersign-dev/countersign/broker/gateway/gatewaytest"
 	"github.com/countersign-dev/countersign/issuer"
 	"github.com/countersign-dev/countersign/store"
 	"github.com/countersign-dev/countersign/store/ledger"
@@ -684,7 +685,7 @@ func FuzzUse(f *testing.F) {
 	f.Add("GET /", "", "", "\x01\u2028\x7f<&>", 10_000)
 	f.Add("", "\xff", "\x00", "", 0)
 	f.Fuzz(func(t *testing.T, use, conn, object, statement string, times int) {
-		r := &checking{t: t}
+		r := gatewaytest.New(t)
 		g := gateway.New(gateway.Config{Recorder: r, Addresses: addresses})
 		defer g.Close()
 		s, _ := open(t, g)
@@ -695,30 +696,9 @@ func FuzzUse(f *testing.F) {
 		if err != nil && !errors.Is(err, gateway.ErrTooLarge) && !errors.Is(err, store.ErrMalformed) {
 			t.Error(err)
 		}
-		if err != nil && r.n > 0 {
+		if err != nil && len(r.Last(1)) > 0 {
 			t.Errorf("it reached the recorder: %v", err)
 		}
 		ok(t, s.Refuse(t.Context(), gateway.Refusal{Use: use, Conn: conn, Statement: statement, Reason: object, Remote: conn}))
 	})
-}
-
-// checking takes what a recorder takes.
-type checking struct {
-	t *testing.T
-	n int
-}
-
-func (c *checking) Append(_ context.Context, subs ...*store.Submission) (*store.Appended, error) {
-	for _, s := range subs {
-		c.n++
-		b, err := s.Marshal()
-		if err == nil {
-			_, err = store.ParseSubmission(b)
-		}
-		if err != nil {
-			c.t.Errorf("the recorder would refuse it: %v", err)
-			return nil, store.ErrMalformed
-		}
-	}
-	return &store.Appended{}, nil
 }

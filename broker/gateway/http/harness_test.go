@@ -2,167 +2,25 @@ package http
 
 import (
 	"bytes"
-	"context"
 	"crypto/tls"
 	"crypto/x509"
-	"fmt"
 	"io"
 	"net/http"
 	"net/http/httptest"
 	"slices"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/countersign-dev/countersign/broker/gateway"
+	"github.com/countersign-dev/countersign/broker/gateway/gatewaytest"
 	"github.com/countersign-dev/countersign/broker/gateway/masking"
 	"github.com/countersign-dev/countersign/issuer"
 	"github.com/countersign-dev/countersign/store"
 	"github.com/countersign-dev/countersign/store/trust"
 	"github.com/countersign-dev/countersign/store/trust/trusttest"
 )
-
-// recorder keeps what it is given, as the recorder would take it.
-type recorder struct {
-	t    testing.TB
-	mu   sync.Mutex
-	subs []*store.Submission
-	n    int64 // of credential.used
-	down bool
-}
-
-func (r *recorder) Append(_ context.Context, subs ...*store.Submission) (*store.Appended, error) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.down {
-		return nil, fmt.Errorf("%w: connection refused", store.ErrUnavailable)
-	}
-	for _, s := range subs {
-		b, err := s.Marshal()
-		if err == nil {
-			_, err = store.ParseSubmission(b)
-		}
-		if err != nil {
-			r.t.Errorf("what the recorder refuses: %v", err)
-			return nil, fmt.Errorf("%w: %v", store.ErrMalformed, err)
-		}
-	}
-	r.subs = append(r.subs, subs...)
-	for _, s := range subs {
-		if s.Type == store.CredentialUsed {
-			r.n++
-		}
-	}
-	return &store.Appended{}, nil
-}
-
-func (r *recorder) stop(down bool) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.down = down
-}
-
-// recorded is how many uses are on record.
-func (r *recorder) recorded() int64 {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return r.n
-}
-
-// used is one use with what came of it.
-type used struct {
-	use, statement, sample string
-	objects                []string
-	outcome                *store.UseOutcome
-}
-
-func (r *recorder) uses() (out []*used) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	byID := map[string]*used{}
-	for _, s := range r.subs {
-		switch s.Type {
-		case store.CredentialUsed:
-			d, err := store.DetailsAs[store.UsedDetails](&s.Entry)
-			if err != nil {
-				r.t.Error(err)
-			}
-			u := &used{use: d.Use, objects: d.Objects, statement: s.Openings[store.SealedStatement].Text}
-			byID[s.ID], out = u, append(out, u)
-		case store.UseFinished:
-			d, err := store.DetailsAs[store.UseFinishedDetails](&s.Entry)
-			if err != nil {
-				r.t.Error(err)
-			}
-			for _, o := range d.Outcomes {
-				u := byID[o.Use]
-				if u == nil || u.outcome != nil {
-					r.t.Errorf("an outcome of no use, or a second one: %+v", o)
-					continue
-				}
-				u.outcome, u.sample = &o, s.Openings[store.SealedSample].Text
-			}
-		}
-	}
-	return out
-}
-
-// finished waits for the outcome of the newest use.
-func (r *recorder) finished() *used {
-	r.t.Helper()
-	var last *used
-	r.until("an outcome", func() bool {
-		all := r.uses()
-		if len(all) > 0 {
-			last = all[len(all)-1]
-		}
-		return last != nil && last.outcome != nil
-	})
-	return last
-}
-
-type refusal struct{ route, reason, statement string }
-
-func (r *recorder) refusals() (out []refusal) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	for _, s := range r.subs {
-		if s.Type == store.AccessRefused {
-			d, err := store.DetailsAs[store.RefusedDetails](&s.Entry)
-			if err != nil {
-				r.t.Error(err)
-			}
-			out = append(out, refusal{d.Route, d.Reason, s.Openings[store.SealedStatement].Text})
-		}
-	}
-	return out
-}
-
-// all is every byte that went on record, texts that are sealed included.
-func (r *recorder) all() string {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	var b strings.Builder
-	for _, s := range r.subs {
-		raw, _ := s.Marshal() // Append has marshalled it
-		b.Write(raw)
-		for _, o := range s.Openings {
-			b.WriteString(o.Text)
-		}
-	}
-	return b.String()
-}
-
-func (r *recorder) until(what string, fn func() bool) {
-	r.t.Helper()
-	for end := time.Now().Add(10 * time.Second); !fn(); time.Sleep(time.Millisecond) {
-		if time.Now().After(end) {
-			r.t.Fatalf("never: %s", what)
-		}
-	}
-}
 
 func ok(t testing.TB, err error) {
 	t.Helper()
@@ -177,7 +35,7 @@ const apiKey = "key/8d41c7+real&more"
 // path is the whole way: a step's token, the gateway, and a target behind it.
 type path struct {
 	t       testing.TB
-	rec     *recorder
+	rec     *gatewaytest.Recorder
 	core    *gateway.Gateway
 	g       *Gateway
 	url     string // of the gateway
@@ -223,10 +81,10 @@ func detects(names ...string) (m store.Masking) {
 // be on record by then, and must show the real key and nothing of the step's.
 func newPath(t testing.TB, target http.Handler, access *store.Access, o option) *path {
 	t.Helper()
-	p := &path{t: t, rec: &recorder{t: t}}
+	p := &path{t: t, rec: gatewaytest.New(t)}
 	p.target = httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		n := p.reached.Add(1)
-		if got := p.rec.recorded(); got < n {
+		if got := p.rec.Count(); got < int(n) {
 			t.Errorf("request %d reached the target with %d uses on record", n, got)
 		}
 		for name, values := range r.Header {
@@ -351,7 +209,7 @@ func (p *path) get(target string, headers ...string) *answer {
 }
 
 func (p *path) refused(reason string) bool {
-	return slices.ContainsFunc(p.rec.refusals(), func(f refusal) bool { return f.reason == reason })
+	return slices.ContainsFunc(p.rec.Refusals(), func(f gatewaytest.Refusal) bool { return f.Reason == reason })
 }
 
 // trusting is a client that goes through the forward proxy.

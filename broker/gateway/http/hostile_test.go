@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/countersign-dev/countersign/broker/gateway/gatewaytest"
 	"github.com/countersign-dev/countersign/store"
 )
 
@@ -74,11 +75,11 @@ func TestNoRequestIsSmuggledPastTheGuards(t *testing.T) {
 			t.Errorf("the target saw %s", s)
 		}
 	}
-	if len(seen) == 0 || len(p.rec.uses()) < len(seen) {
-		t.Errorf("%d requests reached the target, %d are on record", len(seen), len(p.rec.uses()))
+	if len(seen) == 0 || len(p.rec.Uses()) < len(seen) {
+		t.Errorf("%d requests reached the target, %d are on record", len(seen), len(p.rec.Uses()))
 	}
-	for _, f := range p.rec.refusals() {
-		if strings.Contains(f.reason+f.route, "admin") || strings.Contains(f.reason+f.route, "evil") {
+	for _, f := range p.rec.Refusals() {
+		if strings.Contains(f.Reason+f.Route, "admin") || strings.Contains(f.Reason+f.Route, "evil") {
 			t.Errorf("a refusal holds a value: %+v", f)
 		}
 	}
@@ -111,7 +112,7 @@ func TestAFloodOfUndecidedStreamsIsBounded(t *testing.T) {
 		if a.err == nil || strings.Contains(a.body, "ada@") {
 			t.Fatalf("%s: %.200s", name, a.body)
 		}
-		if o := p.rec.finished().outcome; o.Error != store.UseWithheld {
+		if o := p.rec.Finished("").Outcome; o.Error != store.UseWithheld {
 			t.Fatalf("%s: %+v", name, o)
 		}
 	}
@@ -212,12 +213,12 @@ func TestRequestsSideBySideAreEachOnRecordBeforeTheyGo(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	if p.reached.Load() != 320 || p.rec.recorded() != 320 {
-		t.Fatalf("%d reached, %d on record", p.reached.Load(), len(p.rec.uses()))
+	if p.reached.Load() != 320 || p.rec.Count() != 320 {
+		t.Fatalf("%d reached, %d on record", p.reached.Load(), len(p.rec.Uses()))
 	}
-	p.rec.until("outcomes", func() bool {
-		for _, u := range p.rec.uses() {
-			if u.outcome == nil || u.outcome.Masked != 1 {
+	gatewaytest.Until(t, "outcomes", func() bool {
+		for _, u := range p.rec.Uses() {
+			if u.Outcome == nil || u.Outcome.Masked != 1 {
 				return false
 			}
 		}

@@ -20,6 +20,7 @@ import (
 	"golang.org/x/net/websocket"
 
 	"github.com/countersign-dev/countersign/broker/gateway"
+	"github.com/countersign-dev/countersign/broker/gateway/gatewaytest"
 	"github.com/countersign-dev/countersign/store"
 )
 
@@ -61,13 +62,13 @@ func TestAStepReachesItsTargetWithoutEverHoldingTheSecret(t *testing.T) {
 			t.Errorf("%s reached the target", name)
 		}
 	}
-	u := p.rec.finished()
-	if u.use != "POST /orders/*/lines" || u.statement != "POST /v2/orders/17/lines?limit&page\nX-Reason: because\n\na line" || u.objects[0] != "/orders/*/lines" {
+	u := p.rec.Finished("")
+	if u.Use != "POST /orders/*/lines" || u.Statement != "POST /v2/orders/17/lines?limit&page\nX-Reason: because\n\na line" || u.Objects[0] != "/orders/*/lines" {
 		t.Fatalf("%+v", u)
 	}
 	sum := sha256.Sum256([]byte("a line"))
-	if o := u.outcome; o.Status != "200" || o.Error != "" || o.Sent != 6 || o.Received != 15 || o.Digest != "sha256:"+hex.EncodeToString(sum[:]) || u.sample != "X-Answer: yes\n\nyou said a line" {
-		t.Fatalf("%+v, sample %q", o, u.sample)
+	if o := u.Outcome; o.Status != "200" || o.Error != "" || o.Sent != 6 || o.Received != 15 || o.Digest != "sha256:"+hex.EncodeToString(sum[:]) || u.Sample != "X-Answer: yes\n\nyou said a line" {
+		t.Fatalf("%+v, sample %q", o, u.Sample)
 	}
 }
 
@@ -97,7 +98,7 @@ func TestTheSecretIsShownAsTheGrantSays(t *testing.T) {
 			if a := p.get("/x?a=1&api_key=mine"); a.status != 200 {
 				t.Fatalf("%+v", a)
 			}
-			if strings.Contains(p.rec.all(), apiKey) {
+			if strings.Contains(p.rec.All(), apiKey) {
 				t.Fatal("the secret is on record")
 			}
 		})
@@ -118,8 +119,8 @@ func TestWhoShowsNoTokenIsTurnedAwayAndOnRecord(t *testing.T) {
 	if a.status != 401 || !strings.Contains(a.body, "problems/unauthenticated") || len(a.header.Values("WWW-Authenticate")) != 2 || p.reached.Load() != 0 {
 		t.Fatalf("%+v", a)
 	}
-	p.rec.until("the refusal", func() bool { return len(p.rec.refusals()) == 1 })
-	if f := p.rec.refusals()[0]; f.route != "GET" {
+	gatewaytest.Until(t, "the refusal", func() bool { return len(p.rec.Refusals()) == 1 })
+	if f := p.rec.Refusals()[0]; f.Route != "GET" {
 		t.Fatalf("%+v", f)
 	}
 }
@@ -135,14 +136,14 @@ func TestASessionOfAnotherProtocolIsRefused(t *testing.T) {
 func TestNothingIsForwardedWhileTheRecorderIsDown(t *testing.T) {
 	t.Parallel()
 	p := newPath(t, says(200, "", "x"), &store.Access{HTTP: open("GET")}, option{})
-	p.rec.stop(true)
+	p.rec.Down(true)
 	for _, method := range []string{"GET", "DELETE"} { // one would pass, one be refused
 		a := p.do(method, "/x", nil)
 		if a.status != 503 || !strings.Contains(a.body, "problems/ledger-unavailable") || p.reached.Load() != 0 {
 			t.Fatalf("%+v", a)
 		}
 	}
-	p.rec.stop(false)
+	p.rec.Down(false)
 	if a := p.get("/x"); a.status != 200 {
 		t.Fatalf("%+v", a)
 	}
@@ -168,16 +169,16 @@ func TestRoutesAllowMethodsOnPathsAndNothingElse(t *testing.T) {
 			t.Errorf("%s %s: %d %s", c.method, c.path, a.status, a.body)
 		}
 		if c.status == 403 {
-			all := p.rec.refusals()
+			all := p.rec.Refusals()
 			if len(all) == 0 || (c.method != "HEAD" && !strings.Contains(a.body, "problems/scope-denied")) {
 				t.Fatalf("%s %s: %s", c.method, c.path, a.body)
 			}
 		}
 	}
 	routes := map[string]bool{}
-	p.rec.until("refusals", func() bool {
-		for _, f := range p.rec.refusals() {
-			routes[f.route] = true
+	gatewaytest.Until(t, "refusals", func() bool {
+		for _, f := range p.rec.Refusals() {
+			routes[f.Route] = true
 		}
 		return routes["DELETE /orders/*"] && routes["another method /orders"]
 	})
@@ -278,7 +279,7 @@ func TestBodiesStreamBothWaysAtOnce(t *testing.T) {
 			if want := map[bool]int{false: 1, true: 2}[o.tls]; res.ProtoMajor != want {
 				t.Fatal(res.Proto)
 			}
-			if o := p.rec.finished().outcome; o.Error != "" || o.Sent != 8 || o.Received != 8 {
+			if o := p.rec.Finished("").Outcome; o.Error != "" || o.Sent != 8 || o.Received != 8 {
 				t.Fatalf("%+v", o)
 			}
 		})
@@ -309,8 +310,8 @@ func TestASessionThatEndsCutsWhatIsUnderWay(t *testing.T) {
 		t.Fatalf("%v after %s", err, time.Since(start))
 	}
 	<-gone
-	if u := p.rec.finished(); u.outcome.Error != store.UseCut || u.outcome.Status != "200" {
-		t.Fatalf("%+v", u.outcome)
+	if u := p.rec.Finished(""); u.Outcome.Error != store.UseCut || u.Outcome.Status != "200" {
+		t.Fatalf("%+v", u.Outcome)
 	}
 	if a := p.get("/x"); a.status != 401 {
 		t.Fatalf("%+v", a)
@@ -324,7 +325,7 @@ func TestATargetThatDoesNotAnswerInTimeIsLeft(t *testing.T) {
 	if a := p.get("/x"); a.status != 504 {
 		t.Fatalf("%+v", a)
 	}
-	if o := p.rec.finished().outcome; o.Error != store.UseTimeout {
+	if o := p.rec.Finished("").Outcome; o.Error != store.UseTimeout {
 		t.Fatalf("%+v", o)
 	}
 }
@@ -357,7 +358,7 @@ func TestAnAnswerThatFallsSilentIsCut(t *testing.T) {
 	if a := p.get("/x"); a.status != 200 || a.err == nil {
 		t.Fatalf("%+v", a)
 	}
-	if o := p.rec.finished().outcome; o.Error != store.UseTimeout {
+	if o := p.rec.Finished("").Outcome; o.Error != store.UseTimeout {
 		t.Fatalf("%+v", o)
 	}
 }
@@ -369,7 +370,7 @@ func TestATargetThatIsDownIsSaidToBe(t *testing.T) {
 	if a := p.get("/x"); a.status != 502 || strings.Contains(a.body, "127.0.0.1") {
 		t.Fatalf("%+v", a)
 	}
-	if o := p.rec.finished().outcome; o.Error != store.UseUpstream {
+	if o := p.rec.Finished("").Outcome; o.Error != store.UseUpstream {
 		t.Fatalf("%+v", o)
 	}
 }
@@ -425,21 +426,21 @@ func TestWhatComesBackIsMasked(t *testing.T) {
 				if status == 500 { // as an answer that is none, but for the time it takes to be on record
 					continue
 				}
-				u := p.rec.finished()
-				if strings.Contains(p.rec.all(), mail) || u.outcome.Status != "200" {
-					t.Fatalf("%+v", u.outcome)
+				u := p.rec.Finished("")
+				if strings.Contains(p.rec.All(), mail) || u.Outcome.Status != "200" {
+					t.Fatalf("%+v", u.Outcome)
 				}
 				if c.want == "" {
-					if u.outcome.Error != store.UseWithheld {
-						t.Fatalf("%+v", u.outcome)
+					if u.Outcome.Error != store.UseWithheld {
+						t.Fatalf("%+v", u.Outcome)
 					}
 					continue
 				}
-				if u.outcome.Error != "" || u.outcome.Masked != int64(strings.Count(c.want, "masked")) {
-					t.Fatalf("%+v", u.outcome)
+				if u.Outcome.Error != "" || u.Outcome.Masked != int64(strings.Count(c.want, "masked")) {
+					t.Fatalf("%+v", u.Outcome)
 				}
-				if strings.TrimSpace(u.sample) != strings.TrimSpace(want) {
-					t.Fatalf("sample %q", u.sample)
+				if strings.TrimSpace(u.Sample) != strings.TrimSpace(want) {
+					t.Fatalf("sample %q", u.Sample)
 				}
 			}
 		})
@@ -570,7 +571,7 @@ func TestContentThatIsTooLargeToMaskIsWithheld(t *testing.T) {
 	if a := p.get("/x"); a.status != 502 {
 		t.Fatalf("%+v", a)
 	}
-	if o := p.rec.finished().outcome; o.Error != store.UseWithheld {
+	if o := p.rec.Finished("").Outcome; o.Error != store.UseWithheld {
 		t.Fatalf("%+v", o)
 	}
 }
@@ -598,9 +599,9 @@ func TestASecretThatATargetShowsBackNeverReachesTheStep(t *testing.T) {
 	if a.status != 200 || a.err != nil {
 		t.Fatalf("%+v", a)
 	}
-	p.rec.finished()
+	p.rec.Finished("")
 	for v := range newSecrets([]string{apiKey}).each() {
-		if strings.Contains(a.bytes(), v) || strings.Contains(p.rec.all(), v) {
+		if strings.Contains(a.bytes(), v) || strings.Contains(p.rec.All(), v) {
 			t.Errorf("%q got through", v)
 		}
 	}
@@ -658,8 +659,8 @@ func TestAWebSocketPassesWhereTheGrantSaysSo(t *testing.T) {
 	if err := websocket.Message.Receive(c, &got); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
 		t.Fatalf("the connection outlived its session: %v", err)
 	}
-	if u := p.rec.finished(); u.use != "GET /*" || u.outcome.Status != "101" || u.outcome.Error != store.UseCut || u.outcome.Sent == 0 || u.outcome.Received == 0 || u.outcome.Rows != 3 {
-		t.Fatalf("%+v", u.outcome)
+	if u := p.rec.Finished(""); u.Use != "GET /*" || u.Outcome.Status != "101" || u.Outcome.Error != store.UseCut || u.Outcome.Sent == 0 || u.Outcome.Received == 0 || u.Outcome.Rows != 3 {
+		t.Fatalf("%+v", u.Outcome)
 	}
 
 	for name, access := range map[string]*store.Access{"not allowed": {HTTP: open()}, "masked": {HTTP: a, Masking: fields("email")}} {
@@ -740,7 +741,7 @@ func TestTheForwardProxyStandsForTheTargetAlone(t *testing.T) {
 			t.Fatalf("%v %v %s", err, res, body)
 		}
 	}
-	if u := p.rec.finished(); u.use != "GET /*" || u.statement != "GET /v2/orders/1?a" {
+	if u := p.rec.Finished(""); u.Use != "GET /*" || u.Statement != "GET /v2/orders/1?a" {
 		t.Fatalf("%+v", u)
 	}
 	c := through(p.token, false)
@@ -755,7 +756,7 @@ func TestTheForwardProxyStandsForTheTargetAlone(t *testing.T) {
 			t.Errorf("%s was reached", to)
 		}
 	}
-	p.rec.until("the refusal", func() bool { return p.refused("another host than the session's target") })
+	gatewaytest.Until(t, "the refusal", func() bool { return p.refused("another host than the session's target") })
 	if _, _, err := get(through("another", false), "https://example.com/v2/x"); err == nil || !strings.Contains(err.Error(), "Proxy Authentication Required") {
 		t.Fatal(err)
 	}

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"log"
+	"math"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -23,6 +24,7 @@ import (
 	"time"
 
 	"github.com/countersign-dev/countersign/broker/gateway"
+	"github.com/countersign-dev/countersign/broker/gateway/gatewaytest"
 	gatewayhttp "github.com/countersign-dev/countersign/broker/gateway/http"
 	"github.com/countersign-dev/countersign/issuer"
 	"github.com/countersign-dev/countersign/store"
@@ -32,74 +34,10 @@ import (
 // write in their own way.
 const outsideKey = `k3y/<&"+-real-0123456789`
 
-// book keeps what it is given, as a recorder does.
-type book struct {
-	t    testing.TB
-	mu   sync.Mutex
-	down bool
-	subs []*store.Submission
-}
-
-func (b *book) Append(_ context.Context, subs ...*store.Submission) (*store.Appended, error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if b.down {
-		return nil, fmt.Errorf("%w: connection refused", store.ErrUnavailable)
-	}
-	for _, s := range subs {
-		raw, err := s.Marshal()
-		if err == nil {
-			_, err = store.ParseSubmission(raw)
-		}
-		if err != nil {
-			b.t.Errorf("what the recorder refuses: %v", err)
-			return nil, fmt.Errorf("%w: %v", store.ErrMalformed, err)
-		}
-	}
-	b.subs = append(b.subs, subs...)
-	return &store.Appended{}, nil
-}
-
-func (b *book) count(typ store.Type) (n int) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	for _, s := range b.subs {
-		if s.Type == typ {
-			n++
-		}
-	}
-	return n
-}
-
-// outcomes are those of all uses that have one.
-func (b *book) outcomes() (out []store.UseOutcome) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	for _, s := range b.subs {
-		if s.Type == store.UseFinished {
-			d, err := store.DetailsAs[store.UseFinishedDetails](&s.Entry)
-			if err != nil {
-				b.t.Error(err)
-			}
-			out = append(out, d.Outcomes...)
-		}
-	}
-	return out
-}
-
-func (b *book) until(what string, fn func() bool) {
-	b.t.Helper()
-	for end := time.Now().Add(10 * time.Second); !fn(); time.Sleep(2 * time.Millisecond) {
-		if time.Now().After(end) {
-			b.t.Fatalf("never: %s", what)
-		}
-	}
-}
-
 // lane is a step's whole way to a target.
 type lane struct {
 	t     testing.TB
-	book  *book
+	rec   *gatewaytest.Recorder
 	core  *gateway.Gateway
 	sess  *gateway.Session
 	token string
@@ -110,13 +48,13 @@ type lane struct {
 // newLane puts a gateway before target, which speaks HTTP at an address.
 func newLane(t testing.TB, target string, a store.Access, change func(*gatewayhttp.Config)) *lane {
 	t.Helper()
-	l := &lane{t: t, book: &book{t: t}}
+	l := &lane{t: t, rec: gatewaytest.New(t)}
 	front, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
 	l.addr = front.Addr().String()
-	l.core = gateway.New(gateway.Config{Recorder: l.book, TrustDomain: "countersign.test", Addresses: map[string]string{store.ProtocolHTTP: "http://" + l.addr},
+	l.core = gateway.New(gateway.Config{Recorder: l.rec, TrustDomain: "countersign.test", Addresses: map[string]string{store.ProtocolHTTP: "http://" + l.addr},
 		Upstreams: map[string]string{"target.test": target}})
 	c := gatewayhttp.Config{Gateway: l.core, URL: "http://" + l.addr, CADir: t.TempDir()}
 	if change != nil {
@@ -359,15 +297,13 @@ func TestNoByteThatAStepGetsHoldsAMaskedValueOrTheSecret(t *testing.T) {
 			}
 			mu.Unlock()
 		}
-		l.book.until("all outcomes", func() bool { return len(l.book.outcomes()) == rounds/2 })
-		l.book.mu.Lock()
-		for _, s := range l.book.subs {
+		gatewaytest.Until(t, "all outcomes", func() bool { return len(l.rec.Outcomes()) == rounds/2 })
+		for _, s := range l.rec.Last(math.MaxInt) {
 			b, _ := s.Marshal()
 			if sample := s.Openings[store.SealedSample].Text; strings.Contains(string(b), outsideKey) || strings.Contains(sample, "@example") || strings.Contains(sample, "Zyx-") {
 				t.Fatalf("the record holds what is to be hidden: %s", sample)
 			}
 		}
-		l.book.mu.Unlock()
 	}
 }
 
@@ -418,7 +354,7 @@ func TestEveryRequestThatReachesTheTargetWasOnRecordBefore(t *testing.T) {
 				return
 			}
 			_, _ = io.Copy(io.Discard, r.Body)
-			if n := reached.Add(1); l.book.count(store.CredentialUsed) < int(n) {
+			if n := reached.Add(1); l.rec.Count() < int(n) {
 				t.Errorf("request %d (%s) was not on record when it arrived", n, r.RequestURI)
 			}
 			for _, name := range []string{"Authorization", "Dpop", "Proxy-Authorization", "Cookie", "Forwarded", "Via", "X-Forwarded-For", "X-Forwarded-Host", "X-Http-Method-Override", "Range"} {
@@ -480,19 +416,15 @@ func TestEveryRequestThatReachesTheTargetWasOnRecordBefore(t *testing.T) {
 			}
 		})
 	}
-	if n := reached.Load(); int(n) != l.book.count(store.CredentialUsed) {
-		t.Errorf("%d requests arrived, %d are on record", n, l.book.count(store.CredentialUsed))
+	if n := reached.Load(); int(n) != l.rec.Count() {
+		t.Errorf("%d requests arrived, %d are on record", n, l.rec.Count())
 	}
-	l.book.mu.Lock()
-	l.book.down = true
-	l.book.mu.Unlock()
+	l.rec.Down(true)
 	before := reached.Load()
 	if got := l.raw("GET /a/b HTTP/1.1\r\n"+head+"\r\n", 1); !strings.Contains(got, " 503 ") || !strings.Contains(got, "ledger-unavailable") || reached.Load() != before {
 		t.Errorf("without a recorder: %s", got)
 	}
-	l.book.mu.Lock()
-	l.book.down = false // what is still to be recorded is waited for
-	l.book.mu.Unlock()
+	l.rec.Down(false) // what is still to be recorded is waited for
 }
 
 func TestATargetThatMisbehavesEndsTheRequestAndNothingElse(t *testing.T) {
@@ -548,8 +480,8 @@ func TestATargetThatMisbehavesEndsTheRequestAndNothingElse(t *testing.T) {
 				if err == nil && res.StatusCode < 300 && !fine {
 					t.Errorf("all is said to be well: %s", got)
 				}
-				l.book.until("its outcome", func() bool { return len(l.book.outcomes()) == 1 })
-				if o := l.book.outcomes()[0]; o.Error == "" && o.Status != "500" && !fine {
+				gatewaytest.Until(t, "its outcome", func() bool { return len(l.rec.Outcomes()) == 1 })
+				if o := l.rec.Uses()[0].Outcome; o.Error == "" && o.Status != "500" && !fine {
 					t.Errorf("on record: %+v", o)
 				}
 			}
@@ -646,19 +578,19 @@ func TestTheEndOfASessionCutsWhatIsOpenWithinASecond(t *testing.T) {
 					n += m
 				}
 			}
-			l.book.until("its record", func() bool { return l.book.count(store.CredentialUsed) == 1 })
+			gatewaytest.Until(t, "its record", func() bool { return l.rec.Count() == 1 })
 			if name == "flood" { // a step that does not read
 				time.Sleep(100 * time.Millisecond)
 			}
 			began := time.Now()
 			l.sess.Close()
-			l.book.until("its outcome", func() bool { return len(l.book.outcomes()) == 1 })
+			gatewaytest.Until(t, "its outcome", func() bool { return len(l.rec.Outcomes()) == 1 })
 			_ = c.SetReadDeadline(time.Now().Add(5 * time.Second))
 			_, err = io.Copy(io.Discard, br)
 			if took := time.Since(began); took > time.Second {
 				t.Errorf("cut after %v: %v", took, err)
 			}
-			if o := l.book.outcomes()[0]; o.Error != store.UseCut {
+			if o := l.rec.Uses()[0].Outcome; o.Error != store.UseCut {
 				t.Errorf("on record: %+v", o)
 			}
 		})
@@ -693,15 +625,15 @@ func TestWhatIsLeftOfABodyIsNeverTakenForARequest(t *testing.T) {
 				t.Fatal(err)
 			}
 			_, _ = io.Copy(io.Discard, res.Body)
-			l.book.until("its outcome", func() bool { return len(l.book.outcomes()) == l.book.count(store.CredentialUsed) })
+			gatewaytest.Until(t, "its outcome", func() bool { return len(l.rec.Outcomes()) == l.rec.Count() })
 			time.Sleep(20 * time.Millisecond) // the server has turned to the next request, if it means to
-			before := l.book.count(store.CredentialUsed)
+			before := l.rec.Count()
 			_, _ = io.WriteString(c, inner)
 			_ = c.SetReadDeadline(time.Now().Add(300 * time.Millisecond))
 			if next, err := http.ReadResponse(br, nil); err == nil {
 				t.Errorf("a second answer: %s", next.Status)
 			}
-			if n := l.book.count(store.CredentialUsed); n != before {
+			if n := l.rec.Count(); n != before {
 				t.Errorf("%d requests are on record", n)
 			}
 		})

@@ -111,7 +111,7 @@ func TestAnAWSTargetIsShownASignature(t *testing.T) {
 				t.Errorf("%s: %+v", to, a)
 			}
 		}
-		if p.reached.Load() != 6 || strings.Contains(p.rec.all(), awsKey) {
+		if p.reached.Load() != 6 || strings.Contains(p.rec.All(), awsKey) {
 			t.Error(p.reached.Load())
 		}
 	}

@@ -124,7 +124,7 @@ func TestPeopleAreNotAskedAboutArgumentsThatTheyCannotSee(t *testing.T) {
 		return nil, gateway.ErrDenied
 	})
 	r := p.raw(t).send(t.Context(), `{"jsonrpc":"2.0","id":2,"method":"tools/call","params":{"name":"refund_order","arguments":{"note":"`+strings.Repeat("x", maxReason)+`","cents":100000}}}`)
-	if !strings.Contains(r.body, "longer than people can be asked to approve") || !p.rec.refused("tools/call refund_order") {
+	if !strings.Contains(r.body, "longer than people can be asked to approve") || !p.refused("tools/call refund_order") {
 		t.Errorf("%d %s", r.status, r.body)
 	}
 }

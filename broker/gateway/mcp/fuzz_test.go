@@ -12,6 +12,7 @@ import (
 	"github.com/go-json-experiment/json"
 	"github.com/go-json-experiment/json/jsontext"
 
+	"github.com/countersign-dev/countersign/broker/gateway/gatewaytest"
 	"github.com/countersign-dev/countersign/broker/gateway/masking"
 	"github.com/countersign-dev/countersign/store"
 )
@@ -300,22 +301,22 @@ func TestNoMaskedValueReachesTheStepOverRandomAnswers(t *testing.T) {
 	if masked < got/2 {
 		t.Errorf("of %d answers %d held anything masked", got, masked)
 	}
-	p.rec.until("all outcomes", func() bool {
-		for _, u := range p.rec.uses() {
-			if u.outcome == nil {
+	gatewaytest.Until(t, "all outcomes", func() bool {
+		for _, u := range p.rec.Uses() {
+			if u.Outcome == nil {
 				return false
 			}
 		}
 		return true
 	})
-	for _, u := range p.rec.uses() {
-		if strings.Contains(u.sample, "canary") || strings.Contains(u.sample, apiKey) {
-			t.Errorf("the sample holds %s", u.sample)
+	for _, u := range p.rec.Uses() {
+		if strings.Contains(u.Sample, "canary") || strings.Contains(u.Sample, apiKey) {
+			t.Errorf("the sample holds %s", u.Sample)
 		}
 	}
-	for _, f := range p.rec.refusals() {
-		if strings.Contains(f.statement+f.reason, "canary") || strings.Contains(f.statement, apiKey) {
-			t.Errorf("a refusal holds %s", f.statement)
+	for _, f := range p.rec.Refusals() {
+		if strings.Contains(f.Statement+f.Reason, "canary") || strings.Contains(f.Statement, apiKey) {
+			t.Errorf("a refusal holds %s", f.Statement)
 		}
 	}
 }

@@ -1,8 +1,6 @@
 package mcp
 
 import (
-	"context"
-	"fmt"
 	"io"
 	"net/http"
 	"net/http/httptest"
@@ -15,138 +13,10 @@ import (
 	sdk "github.com/modelcontextprotocol/go-sdk/mcp"
 
 	"github.com/countersign-dev/countersign/broker/gateway"
+	"github.com/countersign-dev/countersign/broker/gateway/gatewaytest"
 	"github.com/countersign-dev/countersign/issuer"
 	"github.com/countersign-dev/countersign/store"
 )
-
-// recorder keeps what it is given, as the recorder would take it.
-type recorder struct {
-	t    testing.TB
-	mu   sync.Mutex
-	subs []*store.Submission
-	down bool
-}
-
-func (r *recorder) Append(_ context.Context, subs ...*store.Submission) (*store.Appended, error) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.down {
-		return nil, fmt.Errorf("%w: connection refused", store.ErrUnavailable)
-	}
-	for _, s := range subs {
-		b, err := s.Marshal()
-		if err != nil {
-			r.t.Errorf("what the recorder refuses: %v", err)
-			return nil, err
-		}
-		if _, err := store.ParseSubmission(b); err != nil {
-			r.t.Errorf("what the recorder refuses: %v", err)
-			return nil, fmt.Errorf("%w: %v", store.ErrMalformed, err)
-		}
-	}
-	r.subs = append(r.subs, subs...)
-	return &store.Appended{}, nil
-}
-
-func (r *recorder) stop(down bool) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.down = down
-}
-
-// used is one use with what came of it.
-type used struct {
-	use, conn, statement, sample string
-	objects                      []string
-	intent                       string
-	outcome                      *store.UseOutcome
-}
-
-func (r *recorder) uses() (out []*used) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	byID := map[string]*used{}
-	for _, s := range r.subs {
-		switch s.Type {
-		case store.CredentialUsed:
-			d, err := store.DetailsAs[store.UsedDetails](&s.Entry)
-			if err != nil {
-				r.t.Error(err)
-			}
-			u := &used{use: d.Use, conn: d.Conn, objects: d.Objects, intent: d.Intent, statement: s.Openings[store.SealedStatement].Text}
-			byID[s.ID], out = u, append(out, u)
-		case store.UseFinished:
-			d, err := store.DetailsAs[store.UseFinishedDetails](&s.Entry)
-			if err != nil {
-				r.t.Error(err)
-			}
-			for _, o := range d.Outcomes {
-				u := byID[o.Use]
-				if u == nil || u.outcome != nil {
-					r.t.Errorf("an outcome of no use, or a second one: %+v", o)
-					continue
-				}
-				u.outcome, u.sample = &o, s.Openings[store.SealedSample].Text
-			}
-		}
-	}
-	return out
-}
-
-func (r *recorder) find(use string) *used {
-	for _, u := range r.uses() {
-		if u.use == use {
-			return u
-		}
-	}
-	return nil
-}
-
-// finished waits for the outcome of the newest use of that name.
-func (r *recorder) finished(use string) *used {
-	r.t.Helper()
-	var last *used
-	r.until("the outcome of "+use, func() bool {
-		last = nil
-		for _, u := range r.uses() {
-			if u.use == use {
-				last = u
-			}
-		}
-		return last != nil && last.outcome != nil
-	})
-	return last
-}
-
-type refusal struct{ route, reason, statement string }
-
-func (r *recorder) refusals() (out []refusal) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	for _, s := range r.subs {
-		if s.Type == store.AccessRefused {
-			d, err := store.DetailsAs[store.RefusedDetails](&s.Entry)
-			if err != nil {
-				r.t.Error(err)
-			}
-			out = append(out, refusal{d.Route, d.Reason, s.Openings[store.SealedStatement].Text})
-		}
-	}
-	return out
-}
-
-func (r *recorder) refused(route string) bool {
-	return slices.ContainsFunc(r.refusals(), func(f refusal) bool { return f.route == route })
-}
-
-func (r *recorder) until(what string, fn func() bool) {
-	r.t.Helper()
-	for end := time.Now().Add(10 * time.Second); !fn(); time.Sleep(2 * time.Millisecond) {
-		if time.Now().After(end) {
-			r.t.Fatalf("never: %s", what)
-		}
-	}
-}
 
 func ok(t testing.TB, err error) {
 	t.Helper()
@@ -161,7 +31,7 @@ const apiKey = "key-8d41c7-real"
 // path is the whole way: a step's token, the gateway, and a server behind it.
 type path struct {
 	t      testing.TB
-	rec    *recorder
+	rec    *gatewaytest.Recorder
 	core   *gateway.Gateway
 	url    string // of the gateway
 	sess   *gateway.Session
@@ -174,7 +44,7 @@ type path struct {
 // or by hand. Only requests with the real key get through to it.
 func newPath(t testing.TB, upstream http.Handler, access *store.Access, change ...func(*Config)) *path {
 	t.Helper()
-	p := &path{t: t, rec: &recorder{t: t}}
+	p := &path{t: t, rec: gatewaytest.New(t)}
 	p.server = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.Header.Get("X-Api-Key") != apiKey || r.Header.Get("Authorization") != "" {
 			w.WriteHeader(http.StatusUnauthorized)
@@ -216,6 +86,14 @@ func (p *path) open(params gateway.Params) (*gateway.Session, string) {
 	s, token, err := p.core.Open(params)
 	ok(p.t, err)
 	return s, token
+}
+
+func (p *path) used(use string) bool {
+	return slices.ContainsFunc(p.rec.Uses(), func(u gatewaytest.Use) bool { return u.Use == use })
+}
+
+func (p *path) refused(route string) bool {
+	return slices.ContainsFunc(p.rec.Refusals(), func(f gatewaytest.Refusal) bool { return f.Route == route })
 }
 
 // bearer shows a session's token on each request, and counts what comes back.

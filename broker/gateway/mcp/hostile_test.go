@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/countersign-dev/countersign/broker/gateway/gatewaytest"
 	"github.com/countersign-dev/countersign/store"
 )
 
@@ -85,7 +86,7 @@ func TestHostileMessagesAreRefusedAndReachNoServer(t *testing.T) {
 	p, o := newOrdersPath(t, nil, access())
 	c := p.raw(t)
 	c.initialize("2025-06-18")
-	uses := len(p.rec.uses())
+	uses := len(p.rec.Uses())
 	big := strings.Repeat("x", MaxMessage)
 	for name, row := range map[string]struct {
 		body   string
@@ -144,17 +145,17 @@ func TestHostileMessagesAreRefusedAndReachNoServer(t *testing.T) {
 		"a progress token as list":     {`{"jsonrpc":"2.0","id":2,"method":"tools/list","params":{"_meta":{"progressToken":[1]}}}`, 200, "-32602"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			before := len(p.rec.refusals())
+			before := len(p.rec.Refusals())
 			r := c.send(t.Context(), row.body)
 			if r.status != row.status || !strings.Contains(r.body, row.says) || !strings.Contains(r.body, `"error"`) {
 				t.Errorf("%d %s", r.status, r.body)
 			}
 			// Of a flood the rest is on record within a second, by number.
-			p.rec.until("the refusal is on record", func() bool { return len(p.rec.refusals()) > before })
+			gatewaytest.Until(t, "the refusal is on record", func() bool { return len(p.rec.Refusals()) > before })
 		})
 	}
-	if o.reached.Load() != 0 || len(p.rec.uses()) != uses {
-		t.Errorf("%d calls, uses %d then %d", o.reached.Load(), uses, len(p.rec.uses()))
+	if o.reached.Load() != 0 || len(p.rec.Uses()) != uses {
+		t.Errorf("%d calls, uses %d then %d", o.reached.Load(), uses, len(p.rec.Uses()))
 	}
 }
 
@@ -195,16 +196,16 @@ func TestHostileRequestsAreTurnedAway(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			c := p.raw(t)
 			c.initialize("2025-06-18")
-			uses, refusals := len(p.rec.uses()), len(p.rec.refusals())
+			uses, refusals := len(p.rec.Uses()), len(p.rec.Refusals())
 			c.header = row.header
 			if r := c.do(t.Context(), row.method, row.path, row.body); r.status != row.status {
 				t.Errorf("%d %s", r.status, r.body)
 			}
-			if len(p.rec.uses()) != uses {
+			if len(p.rec.Uses()) != uses {
 				t.Error("it went further")
 			}
 			if row.status == 415 || row.status == 406 || row.method == "PUT" { // of a flood the rest is there within a second, by number
-				p.rec.until("it is on record", func() bool { return len(p.rec.refusals()) > refusals })
+				gatewaytest.Until(t, "it is on record", func() bool { return len(p.rec.Refusals()) > refusals })
 			}
 		})
 	}
@@ -280,7 +281,7 @@ func TestAnMCPSessionIsOfNoUseToAnotherStepAndTheServersOwnIsNotShown(t *testing
 			}
 		}
 	}
-	if !strings.Contains(fmt.Sprint(p.rec.refusals()), "the MCP session of another step") {
+	if !strings.Contains(fmt.Sprint(p.rec.Refusals()), "the MCP session of another step") {
 		t.Error("it is not on record")
 	}
 	if r := c.send(t.Context(), `{"jsonrpc":"2.0","id":2,"method":"tools/list"}`); r.status != http.StatusOK || !strings.Contains(r.body, `"name":"count"`) {
@@ -340,9 +341,9 @@ func TestArgumentsThatNoEntryHoldsAreOnRecordByTheirDigest(t *testing.T) {
 	if r.status != http.StatusOK || !strings.Contains(r.body, `"content":[]`) {
 		t.Fatalf("%d %.200s", r.status, r.body)
 	}
-	u := p.rec.finished("tools/call lookup_order")
-	if want := digestOf(args); !strings.HasPrefix(u.statement, `{"id":"\"x`) || !strings.HasSuffix(u.statement, want+")") || u.outcome.Digest != want {
-		t.Errorf("…%s %+v", u.statement[len(u.statement)-200:], u.outcome)
+	u := p.rec.Finished("tools/call lookup_order")
+	if want := digestOf(args); !strings.HasPrefix(u.Statement, `{"id":"\"x`) || !strings.HasSuffix(u.Statement, want+")") || u.Outcome.Digest != want {
+		t.Errorf("…%s %+v", u.Statement[len(u.Statement)-200:], u.Outcome)
 	}
 }
 
@@ -422,10 +423,10 @@ func TestServersThatLieOrFailGetTheStepACleanError(t *testing.T) {
 			if r.status != http.StatusOK || !strings.Contains(r.body, `"id":2`) || !strings.Contains(r.body, `"error"`) || strings.Contains(r.body, "example.com") {
 				t.Errorf("%d %.300s", r.status, r.body)
 			}
-			if u := p.rec.finished("tools/call lookup_order"); u.outcome.Error != row.err {
-				t.Errorf("%+v", u.outcome)
+			if u := p.rec.Finished("tools/call lookup_order"); u.Outcome.Error != row.err {
+				t.Errorf("%+v", u.Outcome)
 			}
-			if name == "asking for input" && !p.rec.refused("server input_required") {
+			if name == "asking for input" && !p.refused("server input_required") {
 				t.Error("what the server asked for is not on record")
 			}
 		})
@@ -434,8 +435,8 @@ func TestServersThatLieOrFailGetTheStepACleanError(t *testing.T) {
 		p := newPath(t, nil, access())
 		p.server.Close()
 		r := p.raw(t).send(t.Context(), `{"jsonrpc":"2.0","id":2,"method":"tools/call","params":{"name":"lookup_order"}}`)
-		if u := p.rec.finished("tools/call lookup_order"); u.outcome.Error != store.UseUpstream || !strings.Contains(r.body, "could not be reached") {
-			t.Errorf("%d %s %+v", r.status, r.body, u.outcome)
+		if u := p.rec.Finished("tools/call lookup_order"); u.Outcome.Error != store.UseUpstream || !strings.Contains(r.body, "could not be reached") {
+			t.Errorf("%d %s %+v", r.status, r.body, u.Outcome)
 		}
 	})
 }
@@ -494,7 +495,7 @@ func TestOfAStreamTheStepGetsWhatIsItsOwn(t *testing.T) {
 			t.Fatal("the server was not answered")
 		}
 	}
-	if !p.rec.refused("server sampling/createMessage") {
+	if !p.refused("server sampling/createMessage") {
 		t.Error("what the server asked for is not on record")
 	}
 }
@@ -510,8 +511,8 @@ func TestAStepThatDoesNotReadOrSendHoldsNothingUp(t *testing.T) {
 	body := `{"jsonrpc":"2.0","id":2,"method":"tools/call","params":{"name":"lookup_order"}}`
 	_, err = fmt.Fprintf(c, "%sContent-Length: %d\r\n\r\n%s", head, len(body), body)
 	ok(t, err)
-	if u := p.rec.finished("tools/call lookup_order"); u.outcome.Error != store.UseClient {
-		t.Errorf("%+v", u.outcome)
+	if u := p.rec.Finished("tools/call lookup_order"); u.Outcome.Error != store.UseClient {
+		t.Errorf("%+v", u.Outcome)
 	}
 
 	d, err := net.Dial("tcp", strings.TrimPrefix(p.url, "http://"))

@@ -19,13 +19,14 @@ import (
 	sdk "github.com/modelcontextprotocol/go-sdk/mcp"
 
 	"github.com/countersign-dev/countersign/broker/gateway"
+	"github.com/countersign-dev/countersign/broker/gateway/gatewaytest"
 	"github.com/countersign-dev/countersign/store"
 )
 
 // orders is an MCP server of the SDK's with something of everything.
 type orders struct {
 	*sdk.Server
-	rec     func() *recorder
+	rec     func() *gatewaytest.Recorder
 	reached atomic.Int64 // calls of tools
 	cancels chan string  // tools whose context ended
 	hold    chan struct{}
@@ -41,7 +42,7 @@ type customer struct {
 	Email string `json:"email"`
 }
 
-func newOrders(t testing.TB, rec func() *recorder) *orders {
+func newOrders(t testing.TB, rec func() *gatewaytest.Recorder) *orders {
 	o := &orders{rec: rec, cancels: make(chan string, 16), hold: make(chan struct{})}
 	o.free = sync.OnceFunc(func() { close(o.hold) })
 	o.Server = sdk.NewServer(&sdk.Implementation{Name: "orders", Version: "1"}, &sdk.ServerOptions{PageSize: 2,
@@ -55,8 +56,8 @@ func newOrders(t testing.TB, rec func() *recorder) *orders {
 	// Whatever reaches this server is on record by then.
 	on := func(use, statement string) {
 		o.reached.Add(1)
-		for _, u := range o.rec().uses() {
-			if u.use == use && u.statement == statement {
+		for _, u := range o.rec().Uses() {
+			if u.Use == use && u.Statement == statement {
 				return
 			}
 		}
@@ -157,7 +158,7 @@ var setups = map[string]struct {
 
 func newOrdersPath(t testing.TB, opts *sdk.StreamableHTTPOptions, a *store.Access, change ...func(*Config)) (*path, *orders) {
 	var p *path
-	o := newOrders(t, func() *recorder { return p.rec })
+	o := newOrders(t, func() *gatewaytest.Recorder { return p.rec })
 	p = newPath(t, o.handler(opts), a, change...)
 	t.Cleanup(o.free)
 	return p, o
@@ -193,7 +194,7 @@ func TestAClientAndAServerOfTheSDKWorkThroughTheGateway(t *testing.T) {
 			if !errors.As(err, &rpc) || rpc.Code != codeParams || !strings.Contains(rpc.Message, "orders-mcp:read allows no such tool") {
 				t.Errorf("another tool: %v", err)
 			}
-			if !p.rec.refused("tools/call drop_orders") {
+			if !p.refused("tools/call drop_orders") {
 				t.Error("the refusal is not on record")
 			}
 
@@ -252,22 +253,22 @@ func TestAClientAndAServerOfTheSDKWorkThroughTheGateway(t *testing.T) {
 				t.Errorf("the step saw what is masked: %s", seen)
 			}
 
-			u := p.rec.finished("tools/call lookup_order")
-			if u.statement != `{"id":"17"}` || !slices.Equal(u.objects, []string{"lookup_order"}) || u.outcome.Status != "ok" || u.outcome.Error != "" ||
-				u.outcome.Rows != 1 || u.outcome.Masked != 2 || u.outcome.Sent == 0 || u.outcome.Received == 0 || !strings.Contains(u.sample, "[masked]") || strings.Contains(u.sample, "@example.com") {
-				t.Errorf("on record: %+v %+v", u, u.outcome)
+			u := p.rec.Finished("tools/call lookup_order")
+			if u.Statement != `{"id":"17"}` || !slices.Equal(u.Objects, []string{"lookup_order"}) || u.Outcome.Status != "ok" || u.Outcome.Error != "" ||
+				u.Outcome.Rows != 1 || u.Outcome.Masked != 2 || u.Outcome.Sent == 0 || u.Outcome.Received == 0 || !strings.Contains(u.Sample, "[masked]") || strings.Contains(u.Sample, "@example.com") {
+				t.Errorf("on record: %+v %+v", u, u.Outcome)
 			}
-			if u := p.rec.finished("tools/call fail"); u.outcome.Status != "isError" || u.outcome.Error != "isError" {
-				t.Errorf("on record: %+v", u.outcome)
+			if u := p.rec.Finished("tools/call fail"); u.Outcome.Status != "isError" || u.Outcome.Error != "isError" {
+				t.Errorf("on record: %+v", u.Outcome)
 			}
-			if u := p.rec.finished("resources/read orders://*"); u.statement != "orders://1" || u.outcome.Masked != 1 {
-				t.Errorf("on record: %+v %+v", u, u.outcome)
+			if u := p.rec.Finished("resources/read orders://*"); u.Statement != "orders://1" || u.Outcome.Masked != 1 {
+				t.Errorf("on record: %+v %+v", u, u.Outcome)
 			}
-			if u := p.rec.finished("prompts/get apologise"); u.statement != `{"order":"17"}` {
+			if u := p.rec.Finished("prompts/get apologise"); u.Statement != `{"order":"17"}` {
 				t.Errorf("on record: %+v", u)
 			}
 			for _, use := range []string{"tools/list", "resources/list", "resources/templates/list", "prompts/list", "completion/complete"} {
-				p.rec.finished(use)
+				p.rec.Finished(use)
 			}
 		})
 	}
@@ -324,8 +325,8 @@ func TestDetectorsMaskTextProgressAndErrors(t *testing.T) {
 	if strings.Contains(b.seen(), "@example.com") || strings.Contains(b.seen(), apiKey) {
 		t.Errorf("the step saw what is masked: %s", b.seen())
 	}
-	if u := p.rec.finished("tools/call fail"); u.outcome.Masked != 2 {
-		t.Errorf("%+v", u.outcome)
+	if u := p.rec.Finished("tools/call fail"); u.Outcome.Masked != 2 {
+		t.Errorf("%+v", u.Outcome)
 	}
 }
 
@@ -346,7 +347,7 @@ func TestAClientWithoutASessionListensToChanges(t *testing.T) {
 	p, o := newOrdersPath(t, &sdk.StreamableHTTPOptions{Stateless: true}, access())
 	changed := make(chan struct{}, 8)
 	s, _ := p.connect("", &sdk.ClientOptions{ToolListChangedHandler: func(context.Context, *sdk.ToolListChangedRequest) { changed <- struct{}{} }})
-	p.rec.until("the client listens", func() bool { return p.rec.find("subscriptions/listen") != nil })
+	gatewaytest.Until(t, "the client listens", func() bool { return p.used("subscriptions/listen") })
 	// The server knows of the subscription some time after it is on record.
 	within := time.After(10 * time.Second)
 	for n, every := 0, time.NewTicker(50*time.Millisecond); ; n++ {
@@ -354,8 +355,8 @@ func TestAClientWithoutASessionListensToChanges(t *testing.T) {
 		case <-changed:
 			ok(t, s.Close())
 			p.core.End(p.params.Intent)
-			if u := p.rec.finished("subscriptions/listen"); u.outcome.Error == "" {
-				t.Errorf("%+v", u.outcome)
+			if u := p.rec.Finished("subscriptions/listen"); u.Outcome.Error == "" {
+				t.Errorf("%+v", u.Outcome)
 			}
 			return
 		case <-every.C:
@@ -383,7 +384,7 @@ func TestACancelledCallIsCancelledAtTheServer(t *testing.T) {
 				_, err := s.CallTool(ctx, &sdk.CallToolParams{Name: "hang"})
 				errs <- err
 			}()
-			p.rec.until("the call reaches the server", func() bool { return o.reached.Load() == 1 })
+			gatewaytest.Until(t, "the call reaches the server", func() bool { return o.reached.Load() == 1 })
 			cancel()
 			if err := <-errs; !errors.Is(err, context.Canceled) {
 				t.Errorf("%v", err)
@@ -393,8 +394,8 @@ func TestACancelledCallIsCancelledAtTheServer(t *testing.T) {
 			case <-time.After(5 * time.Second):
 				t.Fatal("the server goes on")
 			}
-			if u := p.rec.finished("tools/call hang"); u.outcome.Error != store.UseClient && u.outcome.Error != "0" && u.outcome.Status == "" {
-				t.Errorf("%+v", u.outcome)
+			if u := p.rec.Finished("tools/call hang"); u.Outcome.Error != store.UseClient && u.Outcome.Error != "0" && u.Outcome.Status == "" {
+				t.Errorf("%+v", u.Outcome)
 			}
 		})
 	}
@@ -406,7 +407,7 @@ func TestAClientThatHangsUpCancelsItsCall(t *testing.T) {
 	raw.initialize("2025-06-18")
 	ctx, cancel := context.WithCancel(t.Context())
 	go func() {
-		p.rec.until("the call reaches the server", func() bool { return o.reached.Load() == 1 })
+		gatewaytest.Until(t, "the call reaches the server", func() bool { return o.reached.Load() == 1 })
 		cancel()
 	}()
 	raw.send(ctx, `{"jsonrpc":"2.0","id":7,"method":"tools/call","params":{"name":"hang","arguments":{}}}`)
@@ -415,10 +416,10 @@ func TestAClientThatHangsUpCancelsItsCall(t *testing.T) {
 	case <-time.After(5 * time.Second):
 		t.Fatal("the server goes on")
 	}
-	if u := p.rec.finished("tools/call hang"); u.outcome.Error != store.UseClient {
-		t.Errorf("%+v", u.outcome)
+	if u := p.rec.Finished("tools/call hang"); u.Outcome.Error != store.UseClient {
+		t.Errorf("%+v", u.Outcome)
 	}
-	if u := p.rec.finished("notifications/cancelled"); !strings.Contains(u.statement, `"requestId":7`) {
+	if u := p.rec.Finished("notifications/cancelled"); !strings.Contains(u.Statement, `"requestId":7`) {
 		t.Errorf("%+v", u)
 	}
 }
@@ -434,7 +435,7 @@ func TestTheEndOfTheSessionCutsCallsAndStreamsWithinASecond(t *testing.T) {
 				_, err := s.CallTool(t.Context(), &sdk.CallToolParams{Name: "hang"})
 				errs <- err
 			}()
-			p.rec.until("the call reaches the server", func() bool { return o.reached.Load() == 1 })
+			gatewaytest.Until(t, "the call reaches the server", func() bool { return o.reached.Load() == 1 })
 			began := time.Now()
 			p.core.End(p.params.Intent)
 			select {
@@ -447,8 +448,8 @@ func TestTheEndOfTheSessionCutsCallsAndStreamsWithinASecond(t *testing.T) {
 			if took := time.Since(began); took > time.Second {
 				t.Errorf("cut after %v", took)
 			}
-			if u := p.rec.finished("tools/call hang"); u.outcome.Error != store.UseCut {
-				t.Errorf("%+v", u.outcome)
+			if u := p.rec.Finished("tools/call hang"); u.Outcome.Error != store.UseCut {
+				t.Errorf("%+v", u.Outcome)
 			}
 			if _, err := s.CallTool(t.Context(), &sdk.CallToolParams{Name: "fail"}); err == nil {
 				t.Error("a call after the end")
@@ -461,7 +462,7 @@ func TestAnInterruptedStreamIsResumedAndRecordedOnce(t *testing.T) {
 	p, o := newOrdersPath(t, &sdk.StreamableHTTPOptions{EventStore: sdk.NewMemoryEventStore(nil)}, access())
 	s, _ := p.connect("2025-11-25", nil)
 	go func() {
-		p.rec.until("the client comes back", func() bool { return p.rec.find("stream resume") != nil })
+		gatewaytest.Until(t, "the client comes back", func() bool { return p.used("stream resume") })
 		o.free()
 	}()
 	res, err := s.CallTool(t.Context(), &sdk.CallToolParams{Name: "resume"})
@@ -469,8 +470,8 @@ func TestAnInterruptedStreamIsResumedAndRecordedOnce(t *testing.T) {
 	if text(t, res) != "after all" {
 		t.Errorf("%q", text(t, res))
 	}
-	if u := p.rec.finished("tools/call resume"); u.outcome.Status != "ok" || u.outcome.Error != "" || u.outcome.Rows != 1 {
-		t.Errorf("%+v", u.outcome)
+	if u := p.rec.Finished("tools/call resume"); u.Outcome.Status != "ok" || u.Outcome.Error != "" || u.Outcome.Rows != 1 {
+		t.Errorf("%+v", u.Outcome)
 	}
 }
 
@@ -515,7 +516,7 @@ func TestAToolWithAScopeOfItsOwnIsCalledUnderTheSessionThatPeopleApproved(t *tes
 	if got := text(t, res); !res.IsError || !strings.Contains(got, "http://recorder.test/approvals/apr_1") || !strings.Contains(got, "req_2") {
 		t.Errorf("%q", got)
 	}
-	if o.reached.Load() != 0 || p.rec.find("tools/call refund_order") != nil {
+	if o.reached.Load() != 0 || p.used("tools/call refund_order") {
 		t.Error("called before it was approved")
 	}
 	close(decide)
@@ -524,10 +525,10 @@ func TestAToolWithAScopeOfItsOwnIsCalledUnderTheSessionThatPeopleApproved(t *tes
 	if text(t, res) != "refunded" || asked[1] != `orders-mcp:refund: MCP tools/call refund_order {"id":"17"}` {
 		t.Errorf("%q %q", text(t, res), asked)
 	}
-	if u := p.rec.finished("tools/call refund_order"); u.intent != approved.Intent || u.outcome.Status != "ok" {
+	if u := p.rec.Finished("tools/call refund_order"); u.Intent != approved.Intent || u.Outcome.Status != "ok" {
 		t.Errorf("%+v", u)
 	}
-	p.rec.until("the session of the approval ends", func() bool { return !p.core.Has(approved.Intent) })
+	gatewaytest.Until(t, "the session of the approval ends", func() bool { return !p.core.Has(approved.Intent) })
 
 	elsewhere, again := a, a
 	elsewhere.Upstream = "http://elsewhere.internal"
@@ -583,14 +584,14 @@ func TestWithTheRecorderDownNothingReachesTheServer(t *testing.T) {
 	p, o := newOrdersPath(t, nil, access())
 	s, _ := p.connect("2025-06-18", nil)
 	before := o.reached.Load()
-	p.rec.stop(true)
+	p.rec.Down(true)
 	if _, err := s.CallTool(t.Context(), &sdk.CallToolParams{Name: "lookup_order", Arguments: lookup{"1"}}); err == nil || !strings.Contains(err.Error(), "cannot be recorded") {
 		t.Errorf("%v", err)
 	}
 	if _, err := s.CallTool(t.Context(), &sdk.CallToolParams{Name: "drop_orders"}); err == nil {
 		t.Error("not refused")
 	}
-	p.rec.stop(false)
+	p.rec.Down(false)
 	if o.reached.Load() != before {
 		t.Error("it reached the server")
 	}
@@ -635,8 +636,8 @@ func TestNotificationsOfAServerReachTheClient(t *testing.T) {
 		}
 	}
 	ok(t, s.Close())
-	if u := p.rec.finished("stream"); u.outcome.Status != "200" || u.outcome.Rows < 3 || u.outcome.Masked < 1 {
-		t.Errorf("%+v", u.outcome)
+	if u := p.rec.Finished("stream"); u.Outcome.Status != "200" || u.Outcome.Rows < 3 || u.Outcome.Masked < 1 {
+		t.Errorf("%+v", u.Outcome)
 	}
-	p.rec.finished("session end")
+	p.rec.Finished("session end")
 }

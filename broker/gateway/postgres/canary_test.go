@@ -231,8 +231,8 @@ func canaries(t *testing.T, n int, seed uint64) {
 	}
 	last := -1
 	recorded := map[int]bool{}
-	for _, u := range p.record.all() {
-		if m := marker.FindStringSubmatch(u.statement); m != nil {
+	for _, u := range p.record.Uses() {
+		if m := marker.FindStringSubmatch(u.Statement); m != nil {
 			var i int
 			_, _ = fmt.Sscan(m[1], &i)
 			if i < last {

@@ -13,6 +13,7 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 	_ "github.com/lib/pq"
 
+	"github.com/countersign-dev/countersign/broker/gateway/gatewaytest"
 	"github.com/countersign-dev/countersign/store"
 )
 
@@ -51,19 +52,19 @@ func TestEachModeOfPgxReadsThroughTheGatewayAndEachUseIsOnRecordWithItsOutcome(t
 			if _, err := conn.Exec(t.Context(), "select 1/$1::int", 0); code(err) != "22012" {
 				t.Fatalf("division by zero: %v", err)
 			}
-			uses := p.record.uses()
+			uses := p.uses()
 			if len(uses) != 3 {
 				t.Fatalf("%d uses, want 3: %+v", len(uses), uses)
 			}
-			if mode != "simple_protocol" && !strings.Contains(uses[0].statement, "\n-- $1 = '3'") {
-				t.Errorf("recorded without its parameter: %q", uses[0].statement)
+			if mode != "simple_protocol" && !strings.Contains(uses[0].Statement, "\n-- $1 = '3'") {
+				t.Errorf("recorded without its parameter: %q", uses[0].Statement)
 			}
-			eventually(t, "all outcomes", func() bool { return len(p.record.outcomes()) == len(p.record.all()) })
-			out := p.record.outcomes()
-			if o := out[uses[0].id]; o.Status != "SELECT 3" || o.Rows != 3 || o.Error != "" || o.Received == 0 {
+			gatewaytest.Until(t, "all outcomes", func() bool { return len(p.record.Outcomes()) == len(p.record.Uses()) })
+			out := p.record.Outcomes()
+			if o := out[uses[0].ID]; o.Status != "SELECT 3" || o.Rows != 3 || o.Error != "" || o.Received == 0 {
 				t.Errorf("outcome %+v", o)
 			}
-			if o := out[uses[2].id]; o.Error != "22012" || o.Status != "" {
+			if o := out[uses[2].ID]; o.Error != "22012" || o.Status != "" {
 				t.Errorf("outcome of an error %+v", o)
 			}
 		})
@@ -97,7 +98,7 @@ func TestLibPQReadsWritesAndCopiesThroughTheGateway(t *testing.T) {
 	if err := tx.Rollback(); err != nil {
 		t.Fatal(err)
 	}
-	if !p.record.has("'it''s note 2'") {
+	if !p.recorded("'it''s note 2'") {
 		t.Error("a parameter is not on record")
 	}
 }
@@ -125,18 +126,18 @@ select 'more', 2; select 'same line', 3;
 			t.Errorf("psql printed no %q:\n%s", want, out)
 		}
 	}
-	uses := p.record.uses()
-	eventually(t, "all outcomes", func() bool { return len(p.record.outcomes()) == len(uses) })
+	uses := p.uses()
+	gatewaytest.Until(t, "all outcomes", func() bool { return len(p.record.Outcomes()) == len(uses) })
 	copies := 0
 	for _, u := range uses {
-		o := p.record.outcomes()[u.id]
-		if strings.Contains(u.statement, "copy mine from stdin") && o.Error == "" {
+		o := p.record.Outcomes()[u.ID]
+		if strings.Contains(u.Statement, "copy mine from stdin") && o.Error == "" {
 			copies++
 			if o.Rows != 2 || o.Sent < int64(len("1\tone\n2\ttwo\n")) || !strings.HasPrefix(o.Digest, "sha256:") {
 				t.Errorf("COPY in: %+v", o)
 			}
 		}
-		if strings.HasPrefix(strings.ToLower(u.statement), "copy") && strings.Contains(u.statement, "customer") {
+		if strings.HasPrefix(strings.ToLower(u.Statement), "copy") && strings.Contains(u.Statement, "customer") {
 			copies++
 			if o.Rows != 2 || o.Received == 0 || o.Digest == "" || o.Status != "COPY 2" {
 				t.Errorf("COPY out: %+v", o)
@@ -155,7 +156,7 @@ func TestAStatementIsOnRecordBeforeItReachesTheTarget(t *testing.T) {
 	p.tap.forward = func(b []byte) {
 		for i := range 40 {
 			mark := fmt.Sprintf("mark-%d-", i)
-			if strings.Contains(string(b), mark) && !p.record.has(mark) {
+			if strings.Contains(string(b), mark) && !p.recorded(mark) {
 				early <- mark
 			}
 		}
@@ -182,8 +183,8 @@ func TestAStatementIsOnRecordBeforeItReachesTheTarget(t *testing.T) {
 	for mark := range early {
 		t.Errorf("%s reached the target before it was on record", mark)
 	}
-	if !p.tap.reached("mark-34-") || len(p.record.uses()) != 35 {
-		t.Errorf("%d uses on record, want 35", len(p.record.uses()))
+	if !p.tap.reached("mark-34-") || len(p.uses()) != 35 {
+		t.Errorf("%d uses on record, want 35", len(p.uses()))
 	}
 }
 
@@ -192,14 +193,14 @@ func TestWhileTheRecordIsDownNothingReachesTheTargetAndTheConnectionStaysUsable(
 		t.Run(mode, func(t *testing.T) {
 			p := serve(t, everything())
 			conn := p.connect(mode)
-			p.record.down.Store(true)
+			p.record.Down(true)
 			if _, err := conn.Exec(t.Context(), "select 'unrecorded', $1::int", 1); code(err) != "58030" {
 				t.Fatalf("with the recorder down: %v", err)
 			}
 			if p.tap.reached("unrecorded") {
 				t.Error("a statement reached the target that is not on record")
 			}
-			p.record.down.Store(false)
+			p.record.Down(false)
 			var n int
 			if err := conn.QueryRow(t.Context(), "select $1::int", 7).Scan(&n); err != nil || n != 7 {
 				t.Fatalf("%d, %v", n, err)
@@ -242,7 +243,7 @@ func TestARefusedStatementNeverReachesTheTargetAndLeavesItsTransactionFailed(t *
 			if p.tap.reached("secrets") {
 				t.Error("what was refused reached the target")
 			}
-			if r := p.record.refusals(); len(r) == 0 || r[0].Method != "postgres" || r[0].Reason == "" || r[0].Remote != "127.0.0.1" || r[0].Intent != p.session.Intent {
+			if r := p.record.Refusals(); len(r) == 0 || r[0].Method != "postgres" || r[0].Reason == "" || r[0].Remote != "127.0.0.1" || r[0].Intent != p.session.Intent {
 				t.Errorf("refusals %+v", r)
 			}
 		})
@@ -259,10 +260,10 @@ func TestAfterAnErrorInABatchTheRestIsSkippedAndTheRecordSaysSo(t *testing.T) {
 	if err := conn.SendBatch(t.Context(), &batch).Close(); code(err) != "22012" {
 		t.Fatal(err)
 	}
-	uses := p.record.uses()
-	eventually(t, "outcomes", func() bool { return len(p.record.outcomes()) == len(uses) })
-	out := p.record.outcomes()
-	if len(uses) != 3 || out[uses[0].id].Status != "SELECT 1" || out[uses[1].id].Error != "22012" || out[uses[2].id].Status != "skipped" {
+	uses := p.uses()
+	gatewaytest.Until(t, "outcomes", func() bool { return len(p.record.Outcomes()) == len(uses) })
+	out := p.record.Outcomes()
+	if len(uses) != 3 || out[uses[0].ID].Status != "SELECT 1" || out[uses[1].ID].Error != "22012" || out[uses[2].ID].Status != "skipped" {
 		t.Fatalf("%+v\n%+v", uses, out)
 	}
 	var n int
@@ -285,8 +286,8 @@ func TestWrongTokensAreRefusedAndOnRecord(t *testing.T) {
 			t.Errorf("token %q: %v", tok, err)
 		}
 	}
-	eventually(t, "a refusal on record", func() bool { return len(p.record.refusals()) > 0 })
-	if r := p.record.refusals()[0]; r.Problem != "unauthenticated" || r.Remote != "127.0.0.1" {
+	gatewaytest.Until(t, "a refusal on record", func() bool { return len(p.record.Refusals()) > 0 })
+	if r := p.record.Refusals()[0]; r.Problem != "unauthenticated" || r.Remote != "127.0.0.1" {
 		t.Errorf("%+v", r)
 	}
 	if _, err := pgconn.Connect(t.Context(), strings.Replace(p.dsn(""), "/postgres?", "/template1?", 1)); code(err) != "3D000" {
@@ -322,7 +323,7 @@ func TestTheEndOfASessionCutsARunningQueryWithinASecond(t *testing.T) {
 		}
 		return n > 0
 	}
-	eventually(t, "the query to run", running)
+	gatewaytest.Until(t, "the query to run", running)
 	began := time.Now()
 	p.session.Close()
 	if err := <-failed; code(err) != "57P01" {
@@ -334,9 +335,9 @@ func TestTheEndOfASessionCutsARunningQueryWithinASecond(t *testing.T) {
 	if d := time.Since(began); d > time.Second {
 		t.Errorf("it took %s", d)
 	}
-	eventually(t, "the target to stop it", func() bool { return !running() })
-	eventually(t, "its outcome", func() bool { return len(p.record.outcomes()) == 1 })
-	if o := p.record.outcomes()[p.record.uses()[0].id]; o.Error != store.UseCut {
+	gatewaytest.Until(t, "the target to stop it", func() bool { return !running() })
+	gatewaytest.Until(t, "its outcome", func() bool { return len(p.record.Outcomes()) == 1 })
+	if o := p.record.Outcomes()[p.uses()[0].ID]; o.Error != store.UseCut {
 		t.Errorf("outcome %+v", o)
 	}
 }
@@ -349,7 +350,7 @@ func TestACancelRequestStopsTheStatementAndAWrongKeyDoesNot(t *testing.T) {
 		_, err := conn.Exec(context.Background(), "select pg_sleep(30)")
 		failed <- err
 	}()
-	eventually(t, "the use on record", func() bool { return len(p.record.uses()) == 1 })
+	gatewaytest.Until(t, "the use on record", func() bool { return len(p.uses()) == 1 })
 	c := p.gw.conns[conn.PgConn().PID()]
 	wrong := append([]byte(nil), c.secret...)
 	wrong[0]++
@@ -361,7 +362,7 @@ func TestACancelRequestStopsTheStatementAndAWrongKeyDoesNot(t *testing.T) {
 		t.Fatalf("cancelled by a wrong key: %v", err)
 	case <-time.After(50 * time.Millisecond):
 	}
-	eventually(t, "the statement to be cancelled", func() bool {
+	gatewaytest.Until(t, "the statement to be cancelled", func() bool {
 		if err := conn.PgConn().CancelRequest(t.Context()); err != nil {
 			t.Fatal(err)
 		}
@@ -394,8 +395,8 @@ func TestAStatementThatNoEntryHoldsIsRefusedAndTheConnectionStaysUsable(t *testi
 	if p.tap.reached("xxxxxxxx") {
 		t.Error("it reached the target")
 	}
-	if !p.record.has("-- $1 = (1048576 bytes, sha256:") {
-		t.Errorf("a long parameter is not on record: %+v", p.record.uses())
+	if !p.recorded("-- $1 = (1048576 bytes, sha256:") {
+		t.Errorf("a long parameter is not on record: %+v", p.uses())
 	}
 }
 
@@ -430,9 +431,9 @@ func TestCopyOfPgxInBinaryIsOnRecordByDigest(t *testing.T) {
 	if err != nil || n != 2000 {
 		t.Fatal(n, err)
 	}
-	uses := p.record.uses()
-	eventually(t, "its outcome", func() bool { return p.record.outcomes()[uses[len(uses)-1].id].Rows == 2000 })
-	if o := p.record.outcomes()[uses[len(uses)-1].id]; o.Sent < 2000*50 || !strings.HasPrefix(o.Digest, "sha256:") || o.Status != "COPY 2000" {
+	uses := p.uses()
+	gatewaytest.Until(t, "its outcome", func() bool { return p.record.Outcomes()[uses[len(uses)-1].ID].Rows == 2000 })
+	if o := p.record.Outcomes()[uses[len(uses)-1].ID]; o.Sent < 2000*50 || !strings.HasPrefix(o.Digest, "sha256:") || o.Status != "COPY 2000" {
 		t.Errorf("%+v", o)
 	}
 	if _, err := conn.Exec(t.Context(), "delete from mine where id >= 0"); err != nil {

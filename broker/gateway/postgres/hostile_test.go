@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -18,6 +19,7 @@ import (
 	"go.uber.org/zap"
 	"go.uber.org/zap/zaptest/observer"
 
+	"github.com/countersign-dev/countersign/broker/gateway/gatewaytest"
 	"github.com/countersign-dev/countersign/store"
 	"github.com/countersign-dev/countersign/store/trust/trusttest"
 )
@@ -105,8 +107,8 @@ func TestANameIsWhatTheTargetHasUnderItWhateverWasSkippedAfterAnError(t *testing
 		if got := w.until('Z'); got != "2 Dfirst C ZI" {
 			t.Fatal(got)
 		}
-		if uses := p.record.uses(); !strings.Contains(uses[len(uses)-1].statement, "first") {
-			t.Errorf("what ran is %q by the record", uses[len(uses)-1].statement)
+		if uses := p.uses(); !strings.Contains(uses[len(uses)-1].Statement, "first") {
+			t.Errorf("what ran is %q by the record", uses[len(uses)-1].Statement)
 		}
 	}
 	w.send(&pgproto3.Bind{PreparedStatement: "nobody's"}, &pgproto3.Execute{}, &pgproto3.Sync{})
@@ -131,10 +133,10 @@ func TestPortalsAreResumedAndEachExecuteIsAUse(t *testing.T) {
 	if got := w.until('Z'); got != "D3 C ZI" {
 		t.Fatal(got)
 	}
-	uses := p.record.uses()
-	eventually(t, "outcomes", func() bool { return len(p.record.outcomes()) == 2 })
-	if len(uses) != 2 || p.record.outcomes()[uses[0].id].Status != "suspended" || p.record.outcomes()[uses[1].id].Rows != 1 {
-		t.Errorf("%+v %+v", uses, p.record.outcomes())
+	uses := p.uses()
+	gatewaytest.Until(t, "outcomes", func() bool { return len(p.record.Outcomes()) == 2 })
+	if len(uses) != 2 || p.record.Outcomes()[uses[0].ID].Status != "suspended" || p.record.Outcomes()[uses[1].ID].Rows != 1 {
+		t.Errorf("%+v %+v", uses, p.record.Outcomes())
 	}
 }
 
@@ -163,7 +165,7 @@ func TestAPipelineOfThousandsOfMessagesIsBoundedAndAnsweredInOrder(t *testing.T)
 			t.Fatalf("answer %d is %s", i, got[4*i+2])
 		}
 	}
-	if uses := p.record.uses(); len(uses) != n || uses[n-1].statement != fmt.Sprintf("select %d", n-1) {
+	if uses := p.uses(); len(uses) != n || uses[n-1].Statement != fmt.Sprintf("select %d", n-1) {
 		t.Errorf("%d uses", len(uses))
 	}
 }
@@ -298,10 +300,10 @@ func TestAClientThatHangsUpEndsItsQueryAtTheTarget(t *testing.T) {
 	p := serve(t, everything())
 	w := p.wire()
 	w.send(&pgproto3.Query{String: "select pg_sleep(60)"})
-	eventually(t, "the use on record", func() bool { return len(p.record.uses()) == 1 })
+	gatewaytest.Until(t, "the use on record", func() bool { return len(p.uses()) == 1 })
 	_ = w.Close()
-	eventually(t, "its outcome", func() bool { return len(p.record.outcomes()) == 1 })
-	if o := p.record.outcomes()[p.record.uses()[0].id]; o.Error != store.UseClient {
+	gatewaytest.Until(t, "its outcome", func() bool { return len(p.record.Outcomes()) == 1 })
+	if o := p.record.Outcomes()[p.uses()[0].ID]; o.Error != store.UseClient {
 		t.Errorf("%+v", o)
 	}
 }
@@ -310,12 +312,12 @@ func TestASlowClientIsHeldUpAndCutWithItsSession(t *testing.T) {
 	p := serve(t, everything())
 	w := p.wire()
 	w.send(&pgproto3.Query{String: "select repeat('x', 1000) from generate_series(1, 100000)"}) // 100 MB that it does not read
-	eventually(t, "the use on record", func() bool { return len(p.record.uses()) == 1 })
+	gatewaytest.Until(t, "the use on record", func() bool { return len(p.uses()) == 1 })
 	p.tap.mu.Lock()
 	p.tap.answered.Reset()
 	p.tap.mu.Unlock()
 	last := -1
-	eventually(t, "the target to be held up", func() bool {
+	gatewaytest.Until(t, "the target to be held up", func() bool {
 		p.tap.mu.Lock()
 		defer p.tap.mu.Unlock()
 		n := p.tap.answered.Len()
@@ -327,7 +329,7 @@ func TestASlowClientIsHeldUpAndCutWithItsSession(t *testing.T) {
 	}
 	began := time.Now()
 	p.session.Close()
-	eventually(t, "its outcome", func() bool { return len(p.record.outcomes()) == 1 })
+	gatewaytest.Until(t, "its outcome", func() bool { return len(p.record.Outcomes()) == 1 })
 	if d := time.Since(began); d > time.Second {
 		t.Errorf("cut after %s", d)
 	}
@@ -498,7 +500,7 @@ func TestATargetThatLiesIsCutAndNothingOfItsAnswerPassesUnmasked(t *testing.T) {
 			if bytes.Contains(got, []byte("canary")) {
 				t.Errorf("it leaked: %q", got)
 			}
-			eventually(t, "an outcome", func() bool { return len(p.record.outcomes()) == 1 })
+			gatewaytest.Until(t, "an outcome", func() bool { return len(p.record.Outcomes()) == 1 })
 		})
 	}
 }
@@ -550,7 +552,7 @@ func TestTooManyConnectionsAreRefused(t *testing.T) {
 		t.Errorf("a second: %v", err)
 	}
 	_ = first.Close(t.Context())
-	eventually(t, "room for another", func() bool {
+	gatewaytest.Until(t, "room for another", func() bool {
 		c, err := pgconn.Connect(t.Context(), p.dsn(""))
 		if err == nil {
 			_ = c.Close(t.Context())
@@ -722,11 +724,11 @@ func FuzzClient(f *testing.F) {
 		// What reached the target of earlier streams may be seen now.
 		for len(ran) > 0 {
 			sql := <-ran
-			if reached++; sql != "" && !p.record.newest(100, sql) {
+			if reached++; sql != "" && !slices.ContainsFunc(p.record.Last(100), func(s *store.Submission) bool { return s.Openings[store.SealedStatement].Text == sql }) {
 				t.Fatalf("%q ran and is not on record", sql)
 			}
 		}
-		if n := p.record.used(); reached > n {
+		if n := p.record.Count(); reached > n {
 			t.Fatalf("%d statements reached the target, %d are on record", reached, n)
 		}
 	})

@@ -22,7 +22,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -30,6 +29,7 @@ import (
 	"github.com/jackc/pgx/v5"
 
 	"github.com/countersign-dev/countersign/broker/gateway"
+	"github.com/countersign-dev/countersign/broker/gateway/gatewaytest"
 	"github.com/countersign-dev/countersign/issuer"
 	"github.com/countersign-dev/countersign/store"
 	"github.com/countersign-dev/countersign/store/ledger/postgrestest"
@@ -126,125 +126,6 @@ func authority(host string) (tls.Certificate, *x509.Certificate, error) {
 	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}, cert, nil
 }
 
-// record is a recorder that keeps what it is given.
-type record struct {
-	mu   sync.Mutex
-	subs []*store.Submission
-	down atomic.Bool
-	wait chan struct{} // while it stands still; nil: it does not
-	then error         // what Append returns that stood still
-}
-
-func (r *record) Append(_ context.Context, subs ...*store.Submission) (*store.Appended, error) {
-	if r.down.Load() {
-		return nil, store.ErrUnavailable
-	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if wait := r.wait; wait != nil {
-		r.mu.Unlock()
-		<-wait
-		r.mu.Lock()
-		if r.then != nil {
-			return nil, r.then
-		}
-	}
-	r.subs = append(r.subs, subs...)
-	return &store.Appended{Entries: make([]store.Proven, len(subs))}, nil
-}
-
-// stand has the recorder stand still until the function is called that it
-// returns; what waits for it then is answered with its argument.
-func (r *record) stand() func(error) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	wait := make(chan struct{})
-	r.wait = wait
-	return func(err error) {
-		r.mu.Lock()
-		defer r.mu.Unlock()
-		r.wait, r.then = nil, err
-		close(wait)
-	}
-}
-
-// use is what the record has of one.
-type use struct {
-	store.UsedDetails
-	id, statement string
-}
-
-// uses are those on record, in order, without what was only prepared.
-func (r *record) uses() []use {
-	return slices.DeleteFunc(r.all(), func(u use) bool { return strings.HasPrefix(u.Use, "prepare ") })
-}
-
-func (r *record) all() (out []use) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	for _, s := range r.subs {
-		if s.Type == store.CredentialUsed {
-			d, _ := store.DetailsAs[store.UsedDetails](&s.Entry)
-			out = append(out, use{d, s.ID, s.Openings[store.SealedStatement].Text})
-		}
-	}
-	return out
-}
-
-func (r *record) refusals() (out []store.RefusedDetails) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	for _, s := range r.subs {
-		if s.Type == store.AccessRefused {
-			d, _ := store.DetailsAs[store.RefusedDetails](&s.Entry)
-			out = append(out, d)
-		}
-	}
-	return out
-}
-
-// has reports whether a use with this in its statement is on record.
-func (r *record) has(part string) bool {
-	return slices.ContainsFunc(r.all(), func(u use) bool { return strings.Contains(u.statement, part) })
-}
-
-// newest reports whether one of the newest n entries is of this statement.
-func (r *record) newest(n int, statement string) bool {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return slices.ContainsFunc(r.subs[max(0, len(r.subs)-n):], func(s *store.Submission) bool {
-		return s.Openings[store.SealedStatement].Text == statement
-	})
-}
-
-// used is how many uses are on record.
-func (r *record) used() (n int) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	for _, s := range r.subs {
-		if s.Type == store.CredentialUsed {
-			n++
-		}
-	}
-	return n
-}
-
-// outcomes are what came of the uses, by their entry IDs.
-func (r *record) outcomes() map[string]store.UseOutcome {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	out := map[string]store.UseOutcome{}
-	for _, s := range r.subs {
-		if s.Type == store.UseFinished {
-			d, _ := store.DetailsAs[store.UseFinishedDetails](&s.Entry)
-			for _, o := range d.Outcomes {
-				out[o.Use] = o
-			}
-		}
-	}
-	return out
-}
-
 // tap stands between the gateway and the target, and sees every byte.
 type tap struct {
 	l  net.Listener
@@ -323,10 +204,20 @@ type path struct {
 	addr    string
 	token   string
 	session *gateway.Session
-	record  *record
+	record  *gatewaytest.Recorder
 	tap     *tap
 	sess    *gateway.Gateway
 	gw      *Gateway
+}
+
+// uses are those on record, in order, without what was only prepared.
+func (p *path) uses() []gatewaytest.Use {
+	return slices.DeleteFunc(p.record.Uses(), func(u gatewaytest.Use) bool { return strings.HasPrefix(u.Use, "prepare ") })
+}
+
+// recorded reports whether a use with this in its statement is on record.
+func (p *path) recorded(part string) bool {
+	return slices.ContainsFunc(p.record.Uses(), func(u gatewaytest.Use) bool { return strings.Contains(u.Statement, part) })
 }
 
 // everything is all that may be granted, over all tables.
@@ -349,7 +240,7 @@ func serve(t testing.TB, access store.Access, change ...func(*Config)) *path {
 // serveTo is serve for a target at addr.
 func serveTo(t testing.TB, access store.Access, addr string, change ...func(*Config)) *path {
 	t.Helper()
-	p := &path{t: t, record: &record{}, tap: newTap(t, addr)}
+	p := &path{t: t, record: gatewaytest.New(t), tap: newTap(t, addr)}
 	p.sess = gateway.New(gateway.Config{Recorder: p.record, TrustDomain: "example.test",
 		Addresses: map[string]string{store.ProtocolPostgres: "gateway.test:5432"},
 		Upstreams: map[string]string{"orders.internal": p.tap.l.Addr().String()}})
@@ -430,14 +321,4 @@ func (p *path) psql(commands string, args ...string) string {
 		p.t.Fatalf("psql: %v: %s", err, out)
 	}
 	return string(out)
-}
-
-// eventually waits for what another goroutine does, and fails where it does not.
-func eventually(t testing.TB, what string, f func() bool) {
-	t.Helper()
-	for deadline := time.Now().Add(10 * time.Second); !f(); time.Sleep(5 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("not within 10 s: %s", what)
-		}
-	}
 }

@@ -8,6 +8,7 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgproto3"
 
+	"github.com/countersign-dev/countersign/broker/gateway/gatewaytest"
 	"github.com/countersign-dev/countersign/store"
 )
 
@@ -33,9 +34,9 @@ func TestEachTypeIsHiddenInItsOwnWayInTextAndInBinary(t *testing.T) {
 			t.Errorf("format %d: %q", format, row)
 		}
 	}
-	uses := p.record.uses()
-	eventually(t, "outcomes", func() bool { return len(p.record.outcomes()) == 2 })
-	if o := p.record.outcomes()[uses[0].id]; o.Masked != 5 || o.Rows != 1 {
+	uses := p.uses()
+	gatewaytest.Until(t, "outcomes", func() bool { return len(p.record.Outcomes()) == 2 })
+	if o := p.record.Outcomes()[uses[0].ID]; o.Masked != 5 || o.Rows != 1 {
 		t.Errorf("%+v", o)
 	}
 	if uses[0].Masking == "" || uses[0].Masking != p.session.Grant.Access.Masking.Digest() {
@@ -139,8 +140,8 @@ func TestRowsThatNoLongerFitTheCatalogAreWithheldAndTheNextConnectionReadsItAgai
 	if _, err := conn.Exec(t.Context(), "select * from changing"); code(err) != "0A000" {
 		t.Fatalf("after the table was altered: %v", err)
 	}
-	uses := p.record.uses()
-	eventually(t, "its outcome", func() bool { return p.record.outcomes()[uses[1].id].Error == store.UseWithheld })
+	uses := p.uses()
+	gatewaytest.Until(t, "its outcome", func() bool { return p.record.Outcomes()[uses[1].ID].Error == store.UseWithheld })
 	if got := p.psql("select * from changing"); got != "1|[masked]|canary\n" {
 		t.Errorf("a new connection: %q", got)
 	}
@@ -151,12 +152,10 @@ func TestAnExcerptOfTheRowsIsRecordedMasked(t *testing.T) {
 	access.Postgres.Sample = 60
 	p := serve(t, access)
 	p.psql("select id, email, customer from orders order by id limit 3")
-	eventually(t, "a sample on record", func() bool {
-		p.record.mu.Lock()
-		defer p.record.mu.Unlock()
-		for _, s := range p.record.subs {
-			if o, ok := s.Openings[store.SealedSample]; ok {
-				return strings.HasPrefix(o.Text, "1\t[masked]\tcustomer 1\n2\t[masked]\tcustomer 2\n3") && len(o.Text) <= 60
+	gatewaytest.Until(t, "a sample on record", func() bool {
+		for _, u := range p.record.Uses() {
+			if u.Sample != "" {
+				return strings.HasPrefix(u.Sample, "1\t[masked]\tcustomer 1\n2\t[masked]\tcustomer 2\n3") && len(u.Sample) <= 60
 			}
 		}
 		return false
@@ -170,7 +169,7 @@ func TestAStatementSentRightBeforeTheFarewellStillRuns(t *testing.T) {
 		w.send(&pgproto3.Query{String: fmt.Sprintf("insert into notes (body) values ('farewell %d')", i)}, &pgproto3.Terminate{})
 		_ = w.Close()
 	}
-	eventually(t, "all of them", func() bool {
+	gatewaytest.Until(t, "all of them", func() bool {
 		return p.psql("select count(*) from notes where body like 'farewell%'") == "10\n"
 	})
 }

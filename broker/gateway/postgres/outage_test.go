@@ -17,6 +17,7 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgproto3"
 
+	"github.com/countersign-dev/countersign/broker/gateway/gatewaytest"
 	"github.com/countersign-dev/countersign/store"
 )
 
@@ -42,11 +43,11 @@ func admin(t testing.TB, sql string, into ...any) {
 func (p *path) outcome(part string) store.UseOutcome {
 	p.t.Helper()
 	var o store.UseOutcome
-	eventually(p.t, "the outcome of "+part, func() bool {
-		for _, u := range p.record.uses() {
-			if strings.Contains(u.statement, part) {
+	gatewaytest.Until(p.t, "the outcome of "+part, func() bool {
+		for _, u := range p.uses() {
+			if strings.Contains(u.Statement, part) {
 				var ok bool
-				o, ok = p.record.outcomes()[u.id]
+				o, ok = p.record.Outcomes()[u.ID]
 				return ok
 			}
 		}
@@ -64,17 +65,17 @@ func (p *path) answered(part string) bool {
 func TestWhatFollowsAFailureToRecordInALongPipelineIsNotOnRecord(t *testing.T) {
 	p := serve(t, everything())
 	w := p.wire()
-	p.record.down.Store(true)
+	p.record.Down(true)
 	for i := range maxBurstUses/2 + 1 {
 		w.send(&pgproto3.Parse{Query: fmt.Sprintf("select 'lost-%d'", i)}, &pgproto3.Bind{}, &pgproto3.Execute{})
 	}
-	eventually(t, "the failure", func() bool { return p.tap.reached("refused by countersign") })
-	p.record.down.Store(false)
+	gatewaytest.Until(t, "the failure", func() bool { return p.tap.reached("refused by countersign") })
+	p.record.Down(false)
 	w.send(&pgproto3.Sync{})
 	if got := w.until('Z'); got != "E58030 ZI" {
 		t.Errorf("%q", got)
 	}
-	if n := len(p.record.all()); n != 0 || p.tap.reached("lost-") {
+	if n := len(p.record.Uses()); n != 0 || p.tap.reached("lost-") {
 		t.Errorf("%d uses on record, of statements that were not sent", n)
 	}
 	w.send(&pgproto3.Query{String: "select 'after'"})
@@ -88,8 +89,8 @@ func TestWhileTheRecorderStandsStillNothingGoesOnAndWhatWaitsIsDoneOrRefused(t *
 	// One is in the middle of a statement, one in that of a pipeline, one hangs up.
 	busy, piped, gone := p.wire(), p.wire(), p.wire()
 	busy.send(&pgproto3.Query{String: "select pg_sleep(0.3), 'before'"})
-	eventually(t, "the statement at the target", func() bool { return p.tap.reached("before") })
-	stuck := p.record.stand()
+	gatewaytest.Until(t, "the statement at the target", func() bool { return p.tap.reached("before") })
+	stuck := p.record.Stand()
 	piped.send(&pgproto3.Parse{Query: "select 'piped-one'"}, &pgproto3.Bind{}, &pgproto3.Execute{}, &pgproto3.Parse{Query: "select 'piped-two'"}, &pgproto3.Bind{}, &pgproto3.Execute{}, &pgproto3.Sync{})
 	if got := busy.until('Z'); got != "T D,before C ZI" {
 		t.Errorf("what was on record before: %q", got)
@@ -104,14 +105,14 @@ func TestWhileTheRecorderStandsStillNothingGoesOnAndWhatWaitsIsDoneOrRefused(t *
 			t.Errorf("%s reached the target while the recorder stood still", mark)
 		}
 	}
-	p.record.down.Store(true)
+	p.record.Down(true)
 	stuck(store.ErrUnavailable)
 	for name, w := range map[string]*wire{"simple": busy, "pipeline": piped} {
 		if got := w.until('Z'); got != "E58030 ZI" {
 			t.Errorf("%s: %q", name, got)
 		}
 	}
-	p.record.down.Store(false)
+	p.record.Down(false)
 	for name, w := range map[string]*wire{"simple": busy, "pipeline": piped} {
 		w.send(&pgproto3.Query{String: "select 'after'"})
 		if got := w.until('Z'); got != "T Dafter C ZI" {
@@ -128,7 +129,7 @@ func TestWhileTheRecorderStandsStillNothingGoesOnAndWhatWaitsIsDoneOrRefused(t *
 func TestASessionThatEndsWhileTheRecorderStandsStillIsCutWithinASecond(t *testing.T) {
 	p := serve(t, everything())
 	w := p.wire()
-	stuck := p.record.stand()
+	stuck := p.record.Stand()
 	w.send(&pgproto3.Query{String: "insert into lines values ('too late')"})
 	time.Sleep(50 * time.Millisecond)
 	began := time.Now()
@@ -174,7 +175,7 @@ func TestATargetThatDiesInTheMiddleIsAnErrorOnRecordAndNoMaskedByteLeaks(t *test
 			}
 			if name == "copy in" {
 				w.send(&pgproto3.CopyData{Data: []byte("before\n")})
-				eventually(t, "the data at the target", func() bool { return p.tap.reached("before\n") })
+				gatewaytest.Until(t, "the data at the target", func() bool { return p.tap.reached("before\n") })
 			}
 			admin(t, "select pg_terminate_backend(pid) from pg_stat_activity where usename = 'step'")
 			if name == "copy in" {
@@ -248,7 +249,7 @@ func TestTheEndOfASessionCutsCopyBothWaysWithinASecond(t *testing.T) {
 				w.send(&pgproto3.Query{String: "copy mine (t) from stdin"})
 				w.until('G')
 				w.send(&pgproto3.CopyData{Data: []byte("before the cut\n")})
-				eventually(t, "the data at the target", func() bool { return p.tap.reached("before the cut\n") })
+				gatewaytest.Until(t, "the data at the target", func() bool { return p.tap.reached("before the cut\n") })
 			} else {
 				w.send(&pgproto3.Query{String: "copy (select repeat('x', 500) from generate_series(1, 4000000)) to stdout"})
 				w.until('d')
@@ -285,7 +286,7 @@ func TestTheEndOfASessionCutsCopyBothWaysWithinASecond(t *testing.T) {
 			if o := p.outcome("copy"); o.Error != store.UseCut || way == "in" && o.Sent < 15 {
 				t.Errorf("%+v", o)
 			}
-			eventually(t, "the target to stop", func() bool {
+			gatewaytest.Until(t, "the target to stop", func() bool {
 				var n int
 				admin(t, "select count(*) from pg_stat_activity where usename = 'step' and state = 'active'", &n)
 				return n == 0
@@ -323,7 +324,7 @@ func TestHalfClosedConnectionsAreLetGo(t *testing.T) {
 			t.Errorf("%q: let go after %s", sql, d)
 		}
 	}
-	eventually(t, "the target to be let go", func() bool {
+	gatewaytest.Until(t, "the target to be let go", func() bool {
 		var n int
 		admin(t, "select count(*) from pg_stat_activity where usename = 'step'", &n)
 		return n == 0 && runtime.NumGoroutine() <= before+3
@@ -353,7 +354,7 @@ func TestAStatementThatIsCutBeforeItBeginsDoesNotRunOn(t *testing.T) {
 		})
 	}
 	all.Wait()
-	eventually(t, "the target to stop all of them", func() bool {
+	gatewaytest.Until(t, "the target to stop all of them", func() bool {
 		var n int
 		admin(t, "select count(*) from pg_stat_activity where usename = 'step'", &n)
 		return n == 0
@@ -391,7 +392,7 @@ func TestACancelRequestTouchesNoOtherConnectionAndNoneThatIsOver(t *testing.T) {
 	// The keys of one that is over are nobody's.
 	pid, key := conn.PgConn().PID(), conn.PgConn().SecretKey()
 	_ = conn.Close(t.Context())
-	eventually(t, "it to be forgotten", func() bool {
+	gatewaytest.Until(t, "it to be forgotten", func() bool {
 		p.gw.mu.Lock()
 		defer p.gw.mu.Unlock()
 		return p.gw.conns[pid] == nil
@@ -403,7 +404,7 @@ func TestACancelRequestTouchesNoOtherConnectionAndNoneThatIsOver(t *testing.T) {
 	if cancelled == 0 {
 		t.Error("nothing was cancelled")
 	}
-	eventually(t, "every outcome", func() bool { return len(p.record.outcomes()) == p.record.used() })
+	gatewaytest.Until(t, "every outcome", func() bool { return len(p.record.Outcomes()) == p.record.Count() })
 }
 
 func TestFiveHundredConnectionsAtOnceAreServedOrRefusedAndLeaveNothingBehind(t *testing.T) {
@@ -437,7 +438,7 @@ func TestFiveHundredConnectionsAtOnceAreServedOrRefusedAndLeaveNothingBehind(t *
 	if served.Load() == 0 || full.Load() == 0 {
 		t.Errorf("%d served, %d refused", served.Load(), full.Load())
 	}
-	eventually(t, "all to be gone", func() bool {
+	gatewaytest.Until(t, "all to be gone", func() bool {
 		p.gw.mu.Lock()
 		open, held := p.gw.open, len(p.gw.conns)
 		p.gw.mu.Unlock()
