@@ -2,6 +2,7 @@ package client
 
 import (
 	"context"
+	"fmt"
 	"net/http"
 	"net/url"
 	"time"
@@ -122,6 +123,11 @@ type Revocation struct {
 	Pending     int64 `json:"pending"`     // credentials that are still live and to be revoked
 	Irrevocable int64 `json:"irrevocable"` // credentials that cannot be called back, and are live until their end
 
+	// Unknown is which of its names ("orchestrator", "scope") no request on record
+	// and no catalogue of the recorder's has, where it covered nothing yet. It is in
+	// the answer about one freeze in force.
+	Unknown []string `json:"unknown,omitzero"`
+
 	// The lists are in the answer about one freeze alone. More says that they are
 	// cut: the counts are whole.
 	PendingCredentials     []Covered `json:"pending_credentials,omitzero"`
@@ -131,6 +137,28 @@ type Revocation struct {
 
 // Left is how many credentials are not revoked yet that can be.
 func (r *Revocation) Left() int64 { return r.Pending + r.Minting }
+
+// Reached is how many requests and credentials it covered so far.
+func (r *Revocation) Reached() int64 {
+	return r.Closed + r.Revoked + r.Expired + r.Minting + r.Pending + r.Irrevocable
+}
+
+// Doubts says, for who set it, what may be wrong with a freeze that is in force:
+// one of a misspelt name stands, and stops nothing of what was meant.
+func (r *Revocation) Doubts() (out []string) {
+	if r.State != FreezeInForce || r.Reached() > 0 {
+		return nil
+	}
+	out = append(out, "It covers nothing yet: no request waited under it, and no credential was live.")
+	for _, what := range r.Unknown {
+		name := r.Orchestrator
+		if what == "scope" {
+			name = r.Scope
+		}
+		out = append(out, fmt.Sprintf("The %s %s is not known: no request on record and no catalogue of the recorder names it. See how it is spelt. The freeze stands all the same.", what, name))
+	}
+	return out
+}
 
 // Covered is a live credential under a freeze.
 type Covered struct {

@@ -169,7 +169,7 @@ func TestRespondersStopAndLiftInABrowserAndOnlyFromOurOwnPages(t *testing.T) {
 	if resp.StatusCode != 303 || !strings.HasPrefix(at, "/revocations/") {
 		t.Fatalf("HTTP %d: %s", resp.StatusCode, body)
 	}
-	if _, body = ana.do("GET", base+at, nil, ""); !strings.Contains(body, "1 request closed") || !strings.Contains(body, "a leak") || !strings.Contains(body, "You set it") {
+	if _, body = ana.do("GET", base+at, nil, ""); !strings.Contains(body, "1 request closed") || !strings.Contains(body, "a leak") || !strings.Contains(body, "You set it") || strings.Contains(body, "covers nothing") {
 		t.Fatalf("its page: %s", body)
 	}
 	if resp, body = ana.do("POST", base+at+"/lift", url.Values{"csrf": {token}, "reason": {"mine"}}, "same-origin"); resp.StatusCode != 403 {
@@ -186,6 +186,12 @@ func TestRespondersStopAndLiftInABrowserAndOnlyFromOurOwnPages(t *testing.T) {
 	}
 	if _, body = rita.do("GET", base+at, nil, ""); !strings.Contains(body, "user:ben") || !strings.Contains(body, "explained") || strings.Contains(body, "Lift the freeze") {
 		t.Fatalf("a reviewer reads: %s", body)
+	}
+	if resp, body = ana.do("POST", base+"/revocations", url.Values{"csrf": {token}, "what": {"scope"}, "name": {"orders-db:raed"}, "reason": {"a leak"}}, "same-origin"); resp.StatusCode != 303 {
+		t.Fatalf("HTTP %d: %s", resp.StatusCode, body)
+	}
+	if _, body = ana.do("GET", base+resp.Header.Get("Location"), nil, ""); !strings.Contains(body, "covers nothing yet") || !strings.Contains(body, "scope orders-db:raed is not known") {
+		t.Fatalf("of a misspelt scope: %s", body)
 	}
 	if resp, body = ana.do("GET", base+"/revocations/static/respond.js", nil, ""); resp.StatusCode != 200 || !strings.Contains(body, "refresh") {
 		t.Fatalf("its script: HTTP %d", resp.StatusCode)

@@ -24,6 +24,7 @@ import (
 	"github.com/countersign-dev/countersign/api/problem"
 	"github.com/countersign-dev/countersign/api/server"
 	"github.com/countersign-dev/countersign/approvals"
+	"github.com/countersign-dev/countersign/scopes"
 	"github.com/countersign-dev/countersign/store"
 	"github.com/countersign-dev/countersign/store/ledger"
 )
@@ -46,6 +47,8 @@ type Config struct {
 	TrustDomain string // of its SPIFFE ID
 	PrivacyKey  store.PrivacyKey
 	Now         func() time.Time // the ledger's clock; time.Now where nil
+	// Catalogue is the recorder's own, as it is now. It may return nil, and be nil.
+	Catalogue func() *scopes.Set
 }
 
 // Server answers responders.
@@ -61,6 +64,9 @@ type Server struct {
 func New(c Config) *Server {
 	if c.Now == nil {
 		c.Now = time.Now
+	}
+	if c.Catalogue == nil {
+		c.Catalogue = func() *scopes.Set { return nil }
 	}
 	return &Server{c: c, counted: counted{at: map[string]*progress{}}}
 }

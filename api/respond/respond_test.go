@@ -22,6 +22,7 @@ import (
 	"github.com/countersign-dev/countersign/api/problem"
 	"github.com/countersign-dev/countersign/api/record"
 	"github.com/countersign-dev/countersign/api/respond"
+	"github.com/countersign-dev/countersign/scopes"
 	"github.com/countersign-dev/countersign/store"
 	"github.com/countersign-dev/countersign/store/ledger"
 )
@@ -78,10 +79,14 @@ func newHouse(t testing.TB) *house {
 	}
 	h.refusals = auth.NewRefusals("respond.example", zap.NewNop(), record.Self{Ledger: h.ledger, Name: "recorder", TrustDomain: "respond.example"}.Record)
 	h.refusals.PrivacyKey = key
+	catalogue, err := scopes.Parse("catalogue.yaml", []byte("scopes: [{name: \"billing:read\", target: billing, sensitivity: low, max_ttl: 5m, ask: [ci, \"worker-*\"], engine: identity, audience: [billing]}]"), "", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
 	r := chi.NewRouter()
 	respond.New(respond.Config{
 		Ledger: h.ledger, Guard: &auth.Guard{Tokens: tokens, Refusals: h.refusals},
-		Name: "recorder", TrustDomain: "respond.example", PrivacyKey: key,
+		Name: "recorder", TrustDomain: "respond.example", PrivacyKey: key, Catalogue: func() *scopes.Set { return catalogue },
 	}).Routes(r)
 	h.server = httptest.NewServer(r)
 	t.Cleanup(h.server.Close)

@@ -17,6 +17,7 @@ import (
 	"github.com/countersign-dev/countersign/api/page"
 	"github.com/countersign-dev/countersign/api/problem"
 	"github.com/countersign-dev/countersign/api/server"
+	"github.com/countersign-dev/countersign/scopes"
 	"github.com/countersign-dev/countersign/store"
 	"github.com/countersign-dev/countersign/store/ledger"
 )
@@ -404,11 +405,47 @@ func (s *Server) one(ctx context.Context, id string, most int) (*client.Revocati
 			listed = append(listed, r)
 		}
 	}
+	if p.lifted == 0 && v.Reached() == 0 {
+		if v.Unknown, err = s.unknown(ctx, p.FreezeDetails); err != nil {
+			return nil, err
+		}
+	}
 	if most == 0 {
 		return v, nil
 	}
 	v.More = v.Pending > int64(most) || v.Irrevocable > int64(most)
 	return v, s.cover(ctx, v, listed)
+}
+
+// unknown is which names of f nobody ever asked by or for, and the catalogue does
+// not have either. What a pattern of the catalogue lets ask is not known by that.
+func (s *Server) unknown(ctx context.Context, f store.FreezeDetails) (names []string, err error) {
+	var catalogue []*scopes.Scope
+	if set := s.c.Catalogue(); set != nil {
+		catalogue = set.Scopes()
+	}
+	for _, x := range []struct {
+		name, value string
+		q           ledger.Query
+		has         func(*scopes.Scope) bool
+	}{
+		{"orchestrator", f.Orchestrator, ledger.Query{Orchestrator: f.Orchestrator}, func(sc *scopes.Scope) bool { return slices.Contains(sc.Ask, f.Orchestrator) }},
+		{"scope", f.Scope, ledger.Query{Scope: f.Scope}, func(sc *scopes.Scope) bool { return sc.Name == f.Scope }},
+	} {
+		if x.value == "" || slices.ContainsFunc(catalogue, x.has) {
+			continue
+		}
+		// Not any entry: freeze.set itself has the name.
+		x.q.Type, x.q.Limit = string(store.StepRequested), 1
+		asked, err := s.c.Ledger.History(ctx, x.q)
+		if err != nil {
+			return nil, err
+		}
+		if len(asked.Entries) == 0 {
+			names = append(names, x.name)
+		}
+	}
+	return names, nil
 }
 
 func (s *Server) find(ctx context.Context, id string, size int64) (progress, error) {

@@ -142,6 +142,47 @@ func TestAResponderStopsARunAndSeesWhatIsStillLiveUntilItIsGone(t *testing.T) {
 	}
 }
 
+func TestAFreezeOfWhatIsNotKnownStandsAndSaysSo(t *testing.T) {
+	h := newHouse(t)
+	_, subs := h.live(1, true)
+	h.must(subs...)
+	for name, x := range map[string]struct {
+		stop    client.Stop
+		unknown []string
+		doubts  int
+	}{
+		"a misspelt orchestrator":                     {client.Stop{Orchestrator: "orchestrator-l"}, []string{"orchestrator"}, 2},
+		"a misspelt scope of one that asked":          {client.Stop{Orchestrator: "orchestrator-1", Scope: "orders-db:raed"}, []string{"scope"}, 2},
+		"both misspelt":                               {client.Stop{Orchestrator: "orchestrator-l", Scope: "orders-db:raed"}, []string{"orchestrator", "scope"}, 3},
+		"a scope that nobody asked for yet":           {client.Stop{Scope: "billing:read"}, nil, 1},
+		"an orchestrator that never asked":            {client.Stop{Orchestrator: "ci"}, nil, 1},
+		"an orchestrator that a pattern lets ask":     {client.Stop{Orchestrator: "worker-7"}, []string{"orchestrator"}, 2},
+		"a run that is none":                          {client.Stop{Run: "run-l"}, nil, 1},
+		"names that are known, and not of each other": {client.Stop{Orchestrator: "ci", Scope: "orders-db:read"}, nil, 1},
+	} {
+		// The freeze of one does not make the name known to the other.
+		for _, who := range []auth.Role{auth.Responder, other} {
+			v, err := h.as(who).SetFreeze(t.Context(), x.stop, "x")
+			if err != nil {
+				t.Fatalf("%s: %v", name, err)
+			}
+			if v.State != client.FreezeInForce || v.Reached() != 0 || !slices.Equal(v.Unknown, x.unknown) || len(v.Doubts()) != x.doubts {
+				t.Errorf("%s: %+v, %q", name, v, v.Doubts())
+			}
+			if who == other {
+				lifted, err := h.as(auth.Responder).LiftFreeze(t.Context(), v.ID, "x")
+				if err != nil || lifted.Unknown != nil || lifted.Doubts() != nil {
+					t.Errorf("%s: lifted: %+v, %v", name, lifted, err)
+				}
+			}
+		}
+	}
+	v, err := h.as(auth.Responder).SetFreeze(t.Context(), client.Stop{Run: "run-1"}, "x")
+	if err != nil || v.Pending != 1 || v.Reached() != 1 || len(v.Doubts()) != 0 {
+		t.Errorf("one that covers a credential: %+v, %v", v, err)
+	}
+}
+
 func TestAFreezeCountsOnlyWhatItCovers(t *testing.T) {
 	h := newHouse(t)
 	c := h.as(auth.Responder)

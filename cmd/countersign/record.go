@@ -335,7 +335,7 @@ func openPeople(ctx context.Context, o *peopleOptions) (*people, error) {
 		review.New(l, guard, o.public).Routes(r)
 		p.exports.Routes(r, guard)
 		respond.New(respond.Config{
-			Ledger: l, Guard: guard, Name: recorderName, TrustDomain: o.trustDomain, PrivacyKey: o.ledger.PrivacyKey, Now: o.ledger.Now,
+			Ledger: l, Guard: guard, Name: recorderName, TrustDomain: o.trustDomain, PrivacyKey: o.ledger.PrivacyKey, Now: o.ledger.Now, Catalogue: o.catalogue,
 		}).Routes(r)
 	})
 	r.Get("/healthz", ok)

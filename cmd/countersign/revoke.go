@@ -70,6 +70,9 @@ where it is broken off before.`,
 			if err != nil {
 				return hint(err, "the recorder", "COUNTERSIGN_RECORDER")
 			}
+			for _, doubt := range v.Doubts() {
+				fmt.Fprintln(cmd.ErrOrStderr(), "countersign: freeze "+v.ID+": "+doubt)
+			}
 			if wait {
 				v, err = untilGone(cmd, r, v)
 			}

@@ -21,6 +21,7 @@ func TestRespondersStopARunFromTheCommandLineAndOnlyTheOtherLiftsIt(t *testing.T
 	t.Setenv("COUNTERSIGN_RECORDER", recorder.URL)
 	t.Setenv("COUNTERSIGN_ADDR", broker.URL)
 	t.Setenv("XDG_CONFIG_HOME", filepath.Join(t.TempDir(), "config"))
+	var said bytes.Buffer // on standard error
 	revoke := func(who string, args ...string) (string, error) {
 		t.Helper()
 		t.Setenv("COUNTERSIGN_TOKEN", h.tokens[who])
@@ -28,6 +29,8 @@ func TestRespondersStopARunFromTheCommandLineAndOnlyTheOtherLiftsIt(t *testing.T
 		c := revokeCommand()
 		c.SetArgs(args)
 		c.SetOut(&out)
+		said.Reset()
+		c.SetErr(&said)
 		c.SilenceErrors, c.SilenceUsage = true, true
 		err := c.ExecuteContext(t.Context())
 		return out.String(), err
@@ -43,8 +46,8 @@ func TestRespondersStopARunFromTheCommandLineAndOnlyTheOtherLiftsIt(t *testing.T
 	}
 	out, err := revoke("responder-a", "--run", "run-1", "--reason", "OPS-1", "--wait", "-o", "json")
 	var v client.Revocation
-	if err != nil || json.Unmarshal([]byte(out), &v) != nil || v.State != client.FreezeInForce || v.Run != "run-1" || v.SetBy != "user:responder-a" || v.Irrevocable != 1 || v.Left() != 0 {
-		t.Fatalf("%q %v", out, err)
+	if err != nil || json.Unmarshal([]byte(out), &v) != nil || v.State != client.FreezeInForce || v.Run != "run-1" || v.SetBy != "user:responder-a" || v.Irrevocable != 1 || v.Left() != 0 || said.Len() > 0 {
+		t.Fatalf("%q %v %q", out, err, &said)
 	}
 	if status, body := ask("run-1"); status == 201 || len(h.leaves()) == 0 {
 		t.Fatalf("under the freeze: %d %s", status, body)
@@ -90,13 +93,17 @@ func TestRespondersStopARunFromTheCommandLineAndOnlyTheOtherLiftsIt(t *testing.T
 			t.Errorf("%v: %s", args, out)
 		}
 	}
+	out, err = revoke("responder-a", "--scope", "identity:setp", "--orchestrator", "demo", "--reason", "OPS-2", "--wait")
+	if err != nil || !strings.Contains(out, " is in force: ") || strings.Count(said.String(), "\n") != 2 || !strings.Contains(said.String(), "covers nothing yet") || !strings.Contains(said.String(), "The scope identity:setp is not known") {
+		t.Errorf("of a misspelt scope: %q %v %q", out, err, &said)
+	}
 	set := 0
 	for _, leaf := range h.leaves() {
 		if e, err := store.ParseLeaf(leaf); err == nil && e.Type == store.FreezeSet {
 			set++
 		}
 	}
-	if set != 1 {
-		t.Errorf("%d freezes are on record, want 1", set)
+	if set != 2 {
+		t.Errorf("%d freezes are on record, want 2", set)
 	}
 }
