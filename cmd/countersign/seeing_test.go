@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"encoding/base64"
 	"fmt"
 	"io"
 	"maps"
@@ -257,7 +258,7 @@ func TestEveryMetricMovesInARealFlowAndTellsNoSecret(t *testing.T) {
 		}
 	}
 	// Those that a house in order has at zero, or has not, are documented too; all
-	// else must be there.
+	// else must be there. TestWhatIsBehindIsMeasured has these.
 	absent := []string{"countersign_witness_entries", "countersign_witness_disputes", "countersign_outbox_waiting", "countersign_siem_behind_entries"}
 	both, machines, people := ourMetrics(t)
 	for _, m := range slices.Concat(both, machines, people) {
@@ -475,6 +476,82 @@ func TestProcessesOnTheirOwnTellWhatIsTheirs(t *testing.T) {
 		return sample(got["countersign_follows_recorder"]) == 0 &&
 			sample(got["countersign_credential_requests_total"], "outcome=ledger-unavailable") == 1 && sample(got["countersign_append_seconds"], "result=failed") > 0
 	})
+}
+
+// TestWhatIsBehindIsMeasured has a recorder whose SIEM and webhook are away, whose
+// witness comes to know another version of its log, and that stops everything.
+func TestWhatIsBehindIsMeasured(t *testing.T) {
+	serve, record := freeAddr(t), freeAddr(t)
+	var up atomic.Bool
+	away := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if !up.Load() {
+			w.WriteHeader(http.StatusServiceUnavailable)
+		}
+	}))
+	t.Cleanup(away.Close)
+	p := newPairWith(t, func(p *pair) (string, string) {
+		_, log, err := readLogKey(p.file("log.key"))
+		must(t, err)
+		w := &witnessed{pair: p, log: log}
+		w.witness = p.cli("key", "generate", "witness", "--name", "witness.example/w1", "--out", p.file("witness.key"))
+		w.runWitness()
+		p.write("webhook-secret", "whsec_"+base64.StdEncoding.EncodeToString(make([]byte, 32)))
+		return fmt.Sprintf("metrics_addr: %q\n", serve), fmt.Sprintf(`metrics_addr: %q
+witnesses: {servers: [{url: %q, key: %q, ca: %q}], withhold: true, quorum: 1}
+siem: [{name: lake, http: {url: %q}}]
+approval:
+  base_url: http://localhost:1
+  catalogue: %q
+  oidc: {issuer: "http://localhost:1", client_id: recorder}
+  webhooks: [{name: pager, url: %q, secret_files: [%q]}]
+`, record, w.url, w.witness, p.file("ca.pem"), away.URL, p.file("catalogue.yaml"), away.URL, p.file("webhook-secret"))
+	})
+	becomes := func(addr, name string, ok func(float64) bool, labels ...string) {
+		t.Helper()
+		eventually(t, name+" moves", func() bool {
+			got, _ := scrape(t, addr)
+			return got[name] != nil && ok(sample(got[name], labels...))
+		})
+	}
+	none := func(n float64) bool { return n == 0 }
+	some := func(n float64) bool { return n > 0 }
+	one := func(n float64) bool { return n == 1 }
+
+	becomes(record, "countersign_outbox_waiting", none)
+	becomes(record, "countersign_witness_disputes", none, "witness=witness.example/w1")
+	becomes(record, "countersign_witness_entries", some, "witness=witness.example/w1")
+	status, body := p.call(p.caller, "POST", p.url+"/steps/s1/credential", `{"run":"r1","scope":"vault:demo-write","reason":"OPS-1"}`)
+	if status != 202 {
+		t.Fatalf("%d %s", status, body)
+	}
+	becomes(record, "countersign_outbox_waiting", some)
+	becomes(record, "countersign_siem_behind_entries", some, "destination=lake")
+	up.Store(true)
+	becomes(record, "countersign_siem_behind_entries", none, "destination=lake")
+	becomes(record, "countersign_outbox_waiting", none)
+	becomes(serve, "countersign_follow_lag_seconds", some)
+
+	if status, body := p.call(p.reviewer, "GET", p.recorderURL+"/history/export?format=csv", ""); status != 200 {
+		t.Fatalf("%d %s", status, body)
+	}
+	becomes(record, "countersign_exports", one, "state=ready")
+	responder := p.cli("token", "create", "--file", p.file("recorder-tokens"), "--role", "responder", "--name", "responder-a")
+	if status, body := p.call(responder, "POST", p.recorderURL+"/revocations", `{"all":true,"reason":"a drill"}`); status != 202 {
+		t.Fatalf("%d %s", status, body)
+	}
+	becomes(record, "countersign_freezes", one)
+	becomes(serve, "countersign_followed_freezes", one)
+
+	// A log of the same name and key that begins anew: what the witness signed is
+	// not in it, so nothing of it is published.
+	must(t, p.recorder.Process.Signal(os.Interrupt))
+	<-p.recorded
+	conf, err := os.ReadFile(p.file("record.yaml"))
+	must(t, err)
+	p.write("record.yaml", strings.Replace(string(conf), p.file("ledger"), p.file("another-ledger"), 1))
+	p.recorder, p.recorded = p.start(p.recorderURL, "record", "--config", p.file("record.yaml"))
+	becomes(record, "countersign_witness_disputes", one, "witness=witness.example/w1")
+	becomes(record, "countersign_unpublished_seconds", some)
 }
 
 // promtool runs promtool on files under docs/monitoring.

@@ -307,6 +307,11 @@ func TestATokenMintedBesideTheFlowRaisesAnAlert(t *testing.T) {
 	_, err = v.as(s.Auth.ClientToken).Logical().Read("secret/data/demo")
 	must(t, err)
 	eventually(t, "the alert of its use", func() bool { return f.Counts().AlertUse == 1 })
+	garbage, err := net.Dial("tcp", c.Listen)
+	must(t, err)
+	_, err = io.WriteString(garbage, "no line of Vault's\n")
+	must(t, errors.Join(err, garbage.Close()))
+	eventually(t, "a line that is none is counted", func() bool { return f.Counts().Malformed == 1 })
 	addr := freeAddr(t)
 	measured := newPeopleMetrics(newMetrics(prometheus.NewRegistry()))
 	measured.people.Store(&people{o: &peopleOptions{}, exports: &review.Exports{}, audit: f, ledger: v.ledger})
@@ -317,7 +322,11 @@ func TestATokenMintedBesideTheFlowRaisesAnAlert(t *testing.T) {
 	told, err := io.ReadAll(res.Body)
 	must(t, errors.Join(err, res.Body.Close()))
 	stop()
-	for _, want := range []string{`countersign_alerts_total{alert="mint-without-intent"} 2`, `countersign_alerts_total{alert="use-unmatched"} 1`} {
+	for _, want := range []string{
+		`countersign_alerts_total{alert="mint-without-intent"} 2`, `countersign_alerts_total{alert="use-unmatched"} 1`,
+		"countersign_vault_audit_uses_total 1", "countersign_vault_audit_mints_total 1",
+		fmt.Sprintf("countersign_vault_audit_lines_total %d", f.Counts().Lines), "countersign_vault_audit_malformed_total 1",
+	} {
 		if !strings.Contains(string(told), want) {
 			t.Errorf("the metrics do not tell %s:\n%s", want, told)
 		}
