@@ -114,6 +114,28 @@ func TestAStepGetsASessionAndNeverTheSecret(t *testing.T) {
 	}
 }
 
+func TestAGatewayThatHasNotHeardOfTheEndPutsNothingMoreOnRecord(t *testing.T) {
+	w := newWorld(t)
+	var g *gateway.Gateway
+	a, b := w.start("broker-1", w.behind(&g)), w.start("broker-2") // each with a Redis of its own
+	run := run1()
+	r, err := a.Request(t.Context(), demoCaller, through(run))
+	ok(t, err)
+	s, err := g.Session(r.Credential.Token)
+	ok(t, err)
+	a.rec.set(func(r *recorder) { r.deaf = true })
+	w.until("it is revoked elsewhere", func() bool {
+		out, err := b.RevokeStep(t.Context(), demoCaller, "step-1", run)
+		return err == nil && out.Revoked == 1
+	})
+	_, err = s.Use(t.Context(), gateway.Use{Use: "GET /", Statement: "GET /"})
+	is(t, err, gateway.ErrEnded)
+	cutWithin(t, s)
+	if n := w.count(store.CredentialUsed); n != 0 {
+		t.Errorf("%d uses on record after the end", n)
+	}
+}
+
 func TestARevocationCutsTheSessionBeforeVaultIsTold(t *testing.T) {
 	for name, end := range map[string]func(w *world, n *node, run string){
 		"revoked": func(w *world, n *node, run string) {

@@ -124,7 +124,7 @@ func (i *Issuer) warranted(w store.Warrant) (*job, error) {
 	// The broker's clock set NotPast and the recorder's the time. What they may
 	// differ by lengthens nothing: a full TTL from now is the other bound.
 	case v.Issuing.NotPast.After(v.Intent.Time.Add(time.Duration(own.TTL) + store.MaxIntentAge)):
-		return refuse(stageWarrant, "the intent ends %s after it was made, the grant after %s", v.Issuing.NotPast.Sub(v.Intent.Time.Time), time.Duration(own.TTL))
+		return refuse(stageWarrant, "%w: the intent ends %s after it was made, the grant after %s: compare the clocks of recorder and broker", store.ErrUnavailable, v.Issuing.NotPast.Sub(v.Intent.Time.Time), time.Duration(own.TTL))
 	case !v.Issuing.NotPast.After(now):
 		return refuse(stageWarrant, "%w", errEnded)
 	case v.Intent.Time.Before(store.At(i.started).Time):

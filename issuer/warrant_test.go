@@ -112,7 +112,7 @@ func TestWithoutAWarrantNothingReachesVault(t *testing.T) {
 		}), "does not give this grant"},
 		{"an end later than the grant's", changed(func(_, _ *store.Entry, _ *store.RequestedDetails, i *store.IssuingDetails) {
 			i.NotPast = store.At(i.NotPast.Add(time.Hour))
-		}), "ends"},
+		}), "compare the clocks"},
 		{"an end that has passed", changed(func(_, _ *store.Entry, _ *store.RequestedDetails, i *store.IssuingDetails) {
 			i.NotPast = store.At(time.Now().Add(-time.Second))
 		}), "ended already"},

@@ -331,6 +331,10 @@ func (b *Batch) Admit(e *Entry, leaf []byte, index int64, byRecorder bool) error
 		return b.failed(e)
 	case CredentialRevoked, CredentialExpired:
 		return b.ended(e)
+	case CredentialUsed:
+		if !byRecorder {
+			return b.used(e)
+		}
 	case FreezeSet:
 		return b.setFreeze(e, index)
 	case FreezeLifted:
@@ -759,6 +763,24 @@ func (b *Batch) ended(e *Entry) error {
 	}
 	r.Live = false
 	b.closed(r, e.Time)
+	return nil
+}
+
+// used refuses a use on the access path once its credential has ended, whatever
+// the gateway knows of it: what is not on record is not forwarded. Uses seen
+// elsewhere are taken at any time, since those have happened.
+func (b *Batch) used(e *Entry) error {
+	d, err := DetailsAs[UsedDetails](e)
+	if err != nil || d.Via != ViaGateway {
+		return err
+	}
+	r, ok := b.touched[e.Request]
+	if !ok {
+		r = b.s.requests[e.Request]
+	}
+	if r == nil || !r.Live || r.Intent != d.Intent || !e.Time.Before(r.Expires.Time) {
+		return &OrderError{Code: OrderNotLive, Message: "the credential of intent " + d.Intent + " is not live", Request: r}
+	}
 	return nil
 }
 

@@ -324,6 +324,31 @@ func TestACredentialEndsNoLaterThanItsIntentAllowed(t *testing.T) {
 	p.ok(issuedFor(intent, 1, At(p.now.Add(5*time.Minute))))
 }
 
+func TestOnTheAccessPathNothingIsUsedAfterItsCredentialHasEnded(t *testing.T) {
+	p := newPlay(t)
+	intent := p.issuing("req_1", 1)
+	used := func(via, intent string) *Entry {
+		return entryOf(CredentialUsed, "req_1", UsedDetails{Intent: intent, Via: via, By: "gateway", Use: "GET /"})
+	}
+	p.ok(requestedBy("req_1", "key", true), intent)
+	p.refused(OrderNotLive, used(ViaGateway, intent.ID)) // it is not minted yet
+	p.ok(issuedFor(intent, 1, At(p.now.Add(time.Minute))))
+	p.ok(used(ViaGateway, intent.ID))
+	p.refused(OrderNotLive, used(ViaGateway, "another"))
+	p.ok(closing(CredentialRevoked, intent, 1))
+	p.refused(OrderNotLive, used(ViaGateway, intent.ID))
+	p.ok(used(ViaIntrospection, intent.ID)) // it has happened: it is to be on record
+	// A retry mints anew; the first session is over.
+	again := p.issuing("req_1", 2)
+	p.ok(again)
+	p.ok(issuedFor(again, 2, At(p.now.Add(time.Minute))))
+	p.refused(OrderNotLive, used(ViaGateway, intent.ID))
+	p.ok(used(ViaGateway, again.ID))
+	p.now = p.now.Add(time.Minute)
+	p.refused(OrderNotLive, used(ViaGateway, again.ID))
+	p.refused(OrderNotLive, entryOf(CredentialUsed, "req_2", UsedDetails{Intent: again.ID, Via: ViaGateway}))
+}
+
 func TestAMalformedRequestIsRefused(t *testing.T) {
 	for name, alter := range map[string]func(e *Entry){
 		"no request":    func(e *Entry) { e.Request = "" },

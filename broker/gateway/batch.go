@@ -212,12 +212,17 @@ func (r *recording) append(batch []*queued) {
 	// A crash after it leaves uses that nobody was told of: they reached no target.
 	_, err := r.rec.Append(ctx, subs...)
 	_, order := store.IsOrder(err)
+	_, over := store.IsOrder(err, store.OrderNotLive)
 	refused := order || errors.Is(err, store.ErrMalformed) || errors.Is(err, store.ErrConflict)
 	switch {
 	case refused && len(batch) > 1:
 		r.append(batch[:len(batch)/2])
 		r.append(batch[len(batch)/2:])
 		return
+	case over && batch[0].s != nil:
+		// Another broker ended its credential, and this one has not heard of it yet.
+		batch[0].s.Close()
+		err = ErrEnded
 	case err != nil && !refused && !errors.Is(err, store.ErrUnavailable):
 		err = fmt.Errorf("%w: %w", store.ErrUnavailable, err)
 	}

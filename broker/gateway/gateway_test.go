@@ -80,7 +80,9 @@ func (r *recorder) Append(ctx context.Context, subs ...*store.Submission) (*stor
 		}
 		lines = append(lines, b)
 	}
-	a, err := r.ledger.Append(ctx, ledger.Author{Name: "broker-1"}, lines)
+	// As the recorder's own: nothing was issued here, so that a writer's uses would
+	// be of credentials that are not live.
+	a, err := r.ledger.Append(ctx, ledger.Author{Name: "broker-1", Recorder: true}, lines)
 	if err == nil && after != nil {
 		err = after(subs)
 	}
@@ -275,6 +277,56 @@ func TestOfABatchThatTheRecorderRefusesOnlyTheBadUsesFail(t *testing.T) {
 	all.Wait()
 	if good.Load() != 34 || bad.Load() != 6 || len(r.entries(store.CredentialUsed)) != 68 {
 		t.Errorf("%d good and %d bad, %d on record", good.Load(), bad.Load(), len(r.entries(store.CredentialUsed)))
+	}
+}
+
+func TestASessionWhoseCredentialHasEndedOnRecordIsCutAndTheOthersGoOn(t *testing.T) {
+	r := newRecorder(t)
+	g := newGateway(t, r)
+	over, token := open(t, g)
+	under, err := over.Use(t.Context(), gateway.Use{Use: "first"})
+	ok(t, err)
+	var held sync.Once
+	gate, waiting := make(chan struct{}), make(chan struct{})
+	r.set(func(subs []*store.Submission) error {
+		held.Do(func() { close(waiting); <-gate })
+		for _, s := range subs {
+			if d, err := store.DetailsAs[store.UsedDetails](&s.Entry); err == nil && s.Type == store.CredentialUsed && d.Intent == over.Intent {
+				return &store.OrderError{Code: store.OrderNotLive, Message: "ended"}
+			}
+		}
+		return nil
+	}, nil)
+	var all sync.WaitGroup
+	all.Go(func() {
+		s, _ := open(t, g)
+		if _, err := s.Use(t.Context(), gateway.Use{Use: "alone"}); err != nil {
+			t.Error(err)
+		}
+	})
+	<-waiting
+	for i := range 5 { // in one batch, most likely
+		s, _ := open(t, g)
+		all.Go(func() {
+			if _, err := s.Use(t.Context(), gateway.Use{Use: fmt.Sprint("other-", i)}); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	all.Go(func() {
+		if _, err := over.Use(t.Context(), gateway.Use{Use: "too late"}); !errors.Is(err, gateway.ErrEnded) {
+			t.Errorf("a use after the end: %v", err)
+		}
+	})
+	close(gate)
+	all.Wait()
+	if _, err := g.Session(token); !errors.Is(err, gateway.ErrNoSession) || over.Context().Err() == nil {
+		t.Errorf("its session goes on: %v", err)
+	}
+	under[0].Finish(store.UseOutcome{Status: "200"}, "") // what came of an earlier one is told all the same
+	r.until("its outcome", func() bool { return len(r.outcomes()) == 1 })
+	if n := len(r.entries(store.CredentialUsed)); n != 7 {
+		t.Errorf("%d uses on record", n)
 	}
 }
 

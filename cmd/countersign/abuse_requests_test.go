@@ -173,8 +173,13 @@ func (d draw) noise(n int) []byte {
 	return b
 }
 
-// odd are values that stand where others are expected.
-var odd = []any{nil, true, false, 0, -1, 1e300, json.Number("123456789012345678901234567890"), "", " ", "\x00", "a\u0000b", "../..", "*", strings.Repeat("é", 3000), []any{}, map[string]any{}, []any{nil, []any{}}, map[string]any{"": ""}, "2026-13-45T99:99:99Z", "1h1h", "-1ns", "99999h", "spiffe://x/../y", "vault:demo-admin", "user:approver-a"}
+var oddlyLong = strings.Repeat("é", 3000)
+
+// odd are values that stand where others are expected, its own for each caller,
+// who may change them.
+func odd() []any {
+	return []any{nil, true, false, 0, -1, 1e300, json.Number("123456789012345678901234567890"), "", " ", "\x00", "a\u0000b", "../..", "*", oddlyLong, []any{}, map[string]any{}, []any{nil, []any{}}, map[string]any{"": ""}, "2026-13-45T99:99:99Z", "1h1h", "-1ns", "99999h", "spiffe://x/../y", "vault:demo-admin", "user:approver-a"}
+}
 
 // json damages a document without making it no JSON; what is none is returned
 // as it is.
@@ -202,12 +207,12 @@ func (d draw) json(b []byte) []byte {
 
 func (d draw) node(v any) any {
 	if d.chance(25) {
-		return one(d, odd)
+		return one(d, odd())
 	}
 	switch v := v.(type) {
 	case map[string]any:
 		if len(v) == 0 {
-			return one(d, odd)
+			return one(d, odd())
 		}
 		k := one(d, slices.Sorted(maps.Keys(v)))
 		switch d.IntN(6) {
@@ -216,7 +221,7 @@ func (d draw) node(v any) any {
 		case 1:
 			v[strings.ToUpper(k)] = v[k]
 		case 2:
-			v[k+one(d, spice[:20])] = one(d, odd)
+			v[k+one(d, spice[:20])] = one(d, odd())
 		default:
 			v[k] = d.node(v[k])
 		}
@@ -226,11 +231,11 @@ func (d draw) node(v any) any {
 			i := d.IntN(len(v))
 			v[i] = d.node(v[i])
 		}
-		return append(v, one(d, odd))
+		return append(v, one(d, odd()))
 	case string:
 		return string(d.damage([]byte(v), 0, len(v)))
 	}
-	return one(d, odd)
+	return one(d, odd())
 }
 
 // http draws a malformed request for a listener. framed says that its frame is

@@ -29,6 +29,7 @@ import (
 	"github.com/hashicorp/vault/api"
 	"github.com/jackc/pgx/v5"
 	"github.com/redis/go-redis/v9"
+	"golang.org/x/sys/unix"
 
 	"github.com/countersign-dev/countersign/api/auth/oidcdev"
 	"github.com/countersign-dev/countersign/issuer/vaultdev"
@@ -121,6 +122,7 @@ func newHouse(ctx context.Context, dir, binary string) (_ *house, err error) {
 func (h *house) stop() {
 	for _, p := range slices.Backward(h.processes) {
 		p.stop()
+		_ = unix.Unmount(p.disk, unix.MNT_DETACH) // so that the directory can be removed
 	}
 	for _, f := range slices.Backward(h.close) {
 		f()
