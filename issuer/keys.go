@@ -13,7 +13,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"slices"
 	"sync"
 	"time"
@@ -23,6 +22,7 @@ import (
 	"github.com/golang-jwt/jwt/v5"
 
 	"github.com/countersign-dev/countersign/store"
+	"github.com/countersign-dev/countersign/store/durable"
 )
 
 // Algorithm is a JWS algorithm (RFC 7518, RFC 8037) that identity tokens are
@@ -262,34 +262,7 @@ func writeKeys(name string, keys []signingKey) (err error) {
 	if err != nil {
 		return errors.New("the keys do not marshal")
 	}
-	// Always the same name, so that crashes leave one such file and not many.
-	temp := name + ".new"
-	if err := os.Remove(temp); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return err
-	}
-	w, err := os.OpenFile(temp, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = w.Write(append(b, '\n'))
-	if err == nil {
-		err = w.Sync()
-	}
-	if cerr := w.Close(); err == nil {
-		err = cerr
-	}
-	if err != nil {
-		return err
-	}
-	if err := os.Rename(temp, name); err != nil {
-		return err
-	}
-	// Until the directory is synced a power cut can bring the old file back;
-	// the new key is not used before this returns.
-	d, err := os.Open(filepath.Dir(name))
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	return d.Sync()
+	// A crash before this leaves the old keys; the new one is not used before it
+	// returns.
+	return durable.WriteFile(name, append(b, '\n'))
 }

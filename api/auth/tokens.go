@@ -10,7 +10,6 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"path/filepath"
 	"slices"
 	"sync"
 	"syscall"
@@ -20,6 +19,7 @@ import (
 	"github.com/go-json-experiment/json/jsontext"
 
 	"github.com/countersign-dev/countersign/store"
+	"github.com/countersign-dev/countersign/store/durable"
 )
 
 // tokenPrefix begins every API token, so that a scanner of repositories and
@@ -281,9 +281,7 @@ func live(t *Token, now time.Time) bool { return t.Expires == nil || now.Before(
 
 // change rewrites the token file under an exclusive lock.
 //
-// A crash before the rename leaves the old file as it was and a *.tmp beside
-// it, which nothing reads and the next change overwrites. A crash after it
-// leaves the new file.
+// A crash leaves the old file or the new one.
 func change(path string, fn func(*file) error) error {
 	lock, err := os.OpenFile(path+".lock", os.O_CREATE|os.O_RDWR, 0o600)
 	if err != nil {
@@ -307,29 +305,8 @@ func change(path string, fn func(*file) error) error {
 	if err != nil {
 		return fmt.Errorf("token file: %w", err)
 	}
-	if err := replace(path, append(b, '\n')); err != nil {
+	if err := durable.WriteFile(path, append(b, '\n')); err != nil {
 		return fmt.Errorf("writing token file: %w", err)
 	}
 	return nil
-}
-
-func replace(path string, b []byte) error {
-	tmp := path + ".tmp"
-	h, err := os.OpenFile(tmp, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = h.Write(b)
-	err = errors.Join(err, h.Sync(), h.Close())
-	if err != nil {
-		return err
-	}
-	if err := os.Rename(tmp, path); err != nil {
-		return err
-	}
-	dir, err := os.Open(filepath.Dir(path))
-	if err != nil {
-		return err
-	}
-	return errors.Join(dir.Sync(), dir.Close())
 }

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"path/filepath"
 	"sync"
 	"time"
 
@@ -15,6 +14,7 @@ import (
 	"golang.org/x/mod/sumdb/tlog"
 
 	"github.com/countersign-dev/countersign/store"
+	"github.com/countersign-dev/countersign/store/durable"
 )
 
 // ErrHead is wrapped by what a Recorder returns once the recorder has
@@ -236,7 +236,7 @@ func (h *heads) write() {
 	h.mu.Lock()
 	note := h.note
 	h.mu.Unlock()
-	if err := replace(h.file, []byte(note)); err != nil {
+	if err := durable.WriteFile(h.file, []byte(note)); err != nil {
 		// Not fatal: what is in memory guards this process, and the write is tried again.
 		h.zap.Error("head file not written", zap.String("file", h.file), zap.Error(err))
 		select {
@@ -249,24 +249,4 @@ func (h *heads) write() {
 func (h *heads) close() {
 	h.once.Do(func() { close(h.closed) })
 	<-h.wrote
-}
-
-func replace(path string, b []byte) error {
-	tmp := path + ".tmp"
-	f, err := os.OpenFile(tmp, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(b)
-	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return err
-	}
-	if err := os.Rename(tmp, path); err != nil {
-		return err
-	}
-	dir, err := os.Open(filepath.Dir(path))
-	if err != nil {
-		return err
-	}
-	return errors.Join(dir.Sync(), dir.Close())
 }

@@ -33,6 +33,7 @@ import (
 	"github.com/countersign-dev/countersign/issuer/vaultdev"
 	"github.com/countersign-dev/countersign/scopes"
 	"github.com/countersign-dev/countersign/store"
+	"github.com/countersign-dev/countersign/store/durable"
 	"github.com/countersign-dev/countersign/store/ledger"
 )
 
@@ -391,7 +392,7 @@ func devScopes(dir, postgres string, tables []string) (*scopes.InForce, error) {
 		}
 	}
 	path := filepath.Join(dir, "catalogue.yaml")
-	if err := replaceFile(path, scopes.Demo(orders, tables...)); err != nil {
+	if err := durable.WriteFile(path, scopes.Demo(orders, tables...)); err != nil {
 		return nil, err
 	}
 	return scopes.Open(path, "")

@@ -23,6 +23,7 @@ import (
 	"github.com/countersign-dev/countersign/api/auth"
 	"github.com/countersign-dev/countersign/api/auth/oidcdev"
 	"github.com/countersign-dev/countersign/scopes"
+	"github.com/countersign-dev/countersign/store/durable"
 )
 
 // ready is the ready file of `countersign dev`, as the outer contract has it.
@@ -95,7 +96,7 @@ func devCallers(dir string) (r ready, err error) {
 	if b, err = json.Marshal(kept, json.Deterministic(true), jsontext.WithIndent("  ")); err != nil {
 		return r, err
 	}
-	return r, replaceFile(path, append(b, '\n'))
+	return r, durable.WriteFile(path, append(b, '\n'))
 }
 
 // devGroups are the groups of dev's approvers.
@@ -183,35 +184,17 @@ func devProviderKey(path string) (crypto.Signer, error) {
 	return signer, nil
 }
 
-// write puts r in place by rename, so that whoever waits for the file reads it
+// write puts r in the file at path, so that whoever waits for the file reads it
 // whole.
 func (r *ready) write(path string) error {
 	b, err := json.Marshal(r, jsontext.WithIndent("  "))
 	if err != nil {
 		return err
 	}
-	if err := replaceFile(path, append(b, '\n')); err != nil {
+	if err := durable.WriteFile(path, append(b, '\n')); err != nil {
 		return fmt.Errorf("ready file: %w", err)
 	}
 	return nil
-}
-
-// replaceFile puts content in place of path, whole or not at all. A crash
-// before the rename leaves the old file, and a temporary one beside it.
-func replaceFile(path string, content []byte) error {
-	tmp, err := os.CreateTemp(filepath.Dir(path), ".tmp-*") // created with mode 0600
-	if err != nil {
-		return err
-	}
-	defer os.Remove(tmp.Name())
-	_, err = tmp.Write(content)
-	if err == nil {
-		err = tmp.Sync()
-	}
-	if err = errors.Join(err, tmp.Close()); err == nil {
-		err = os.Rename(tmp.Name(), path)
-	}
-	return err
 }
 
 // lookup returns one value of the ready file by its path: "api",

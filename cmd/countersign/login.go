@@ -23,6 +23,7 @@ import (
 
 	"github.com/countersign-dev/countersign/api/auth"
 	"github.com/countersign-dev/countersign/api/client"
+	"github.com/countersign-dev/countersign/store/durable"
 )
 
 // loginWithin is how long the browser is waited for.
@@ -169,7 +170,7 @@ func keepLogin(recorder string, token *auth.TerminalToken) error {
 	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
 		return err
 	}
-	return replaceFile(path, b)
+	return durable.WriteFile(path, b)
 }
 
 // keptLogin is the token of an earlier login at recorder.

@@ -8,10 +8,10 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"strings"
 
 	"github.com/countersign-dev/countersign/store"
+	"github.com/countersign-dev/countersign/store/durable"
 	"golang.org/x/mod/sumdb/note"
 )
 
@@ -36,34 +36,13 @@ func readSecret(path string) (string, error) {
 }
 
 // writeSecret creates path with mode 0600 and refuses to overwrite it: a key
-// replaced by mistake cannot be had back. The file appears whole or not at
-// all; a crash before the link leaves only a temporary file beside it.
+// replaced by mistake cannot be had back. A crash leaves no file or a whole one.
 func writeSecret(path string, content []byte) error {
-	dir := filepath.Dir(path)
-	tmp, err := os.CreateTemp(dir, ".secret-*") // created with mode 0600
-	if err != nil {
-		return err
-	}
-	defer os.Remove(tmp.Name())
-	_, err = tmp.Write(content)
-	if err == nil {
-		err = tmp.Sync()
-	}
-	if err = errors.Join(err, tmp.Close()); err != nil {
-		return err
-	}
-	// Link, unlike rename, fails where path exists.
-	if err := os.Link(tmp.Name(), path); errors.Is(err, os.ErrExist) {
+	err := durable.CreateFile(path, content)
+	if errors.Is(err, os.ErrExist) {
 		return fmt.Errorf("%s exists: choose another name, or move it away first", path)
-	} else if err != nil {
-		return err
 	}
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	return d.Sync()
+	return err
 }
 
 func generateLogKey(origin string) (skey string, err error) {

@@ -4,12 +4,12 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"sync/atomic"
 	"time"
 
 	"filippo.io/torchwood"
 	"github.com/countersign-dev/countersign/store"
+	"github.com/countersign-dev/countersign/store/durable"
 	"golang.org/x/mod/sumdb/note"
 	"golang.org/x/mod/sumdb/tlog"
 )
@@ -68,31 +68,5 @@ func (f *headFile) read(v *store.LogVerifier) (*torchwood.Checkpoint, error) {
 	return &c, nil
 }
 
-// write puts the head in place by rename. A crash before the rename leaves the
-// older head and a file ending in .new; a crash after it, before the directory
-// is synced, leaves either.
-func (f *headFile) write(h *head) error {
-	tmp := f.path + ".new"
-	w, err := os.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
-	if err != nil {
-		return err
-	}
-	if _, err = w.WriteString(h.note); err == nil {
-		err = w.Sync()
-	}
-	if cerr := w.Close(); err == nil {
-		err = cerr
-	}
-	if err == nil {
-		err = os.Rename(tmp, f.path)
-	}
-	if err != nil {
-		return err
-	}
-	d, err := os.Open(filepath.Dir(f.path))
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	return d.Sync()
-}
+// write keeps the head. A crash before it leaves an older one.
+func (f *headFile) write(h *head) error { return durable.WriteFile(f.path, []byte(h.note)) }

@@ -10,7 +10,6 @@ import (
 	"io/fs"
 	"maps"
 	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -20,6 +19,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/countersign-dev/countersign/store"
+	"github.com/countersign-dev/countersign/store/durable"
 	"github.com/countersign-dev/countersign/store/ledger"
 )
 
@@ -257,32 +257,13 @@ func (r *Retention) log() string {
 	return origin
 }
 
-// write puts the progress in place by rename. A crash before it leaves the old
-// one, which is lower.
+// write keeps the progress. A crash before it leaves the old one, which is lower.
 func (r *Retention) write() error {
 	b, err := json.Marshal(&r.done, json.Deterministic(true))
 	if err != nil {
 		return err
 	}
-	tmp := r.c.File + ".new"
-	f, err := os.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
-	if err != nil {
-		return err
-	}
-	if _, err = f.Write(b); err == nil {
-		err = f.Sync()
-	}
-	if err = errors.Join(err, f.Close()); err == nil {
-		err = os.Rename(tmp, r.c.File)
-	}
-	if err != nil {
-		return err
-	}
-	d, err := os.Open(filepath.Dir(r.c.File))
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
+	return durable.WriteFile(r.c.File, b)
 }
 
 // Loaded is what is in force at the recorder: its own catalogue and policy,

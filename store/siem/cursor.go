@@ -5,9 +5,10 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"path/filepath"
 
 	"github.com/go-json-experiment/json"
+
+	"github.com/countersign-dev/countersign/store/durable"
 )
 
 // cursor is how far a destination has come: a file of its own beside the
@@ -56,34 +57,12 @@ func (c *cursor) read(size int64) (next int64, ok bool, err error) {
 	return at.Next, true, nil
 }
 
-// write puts the index in place by rename. A crash before the rename leaves the
-// older cursor and a file ending in .new, and what came since is sent again; a
-// crash after it, before the directory is synced, leaves either.
+// write keeps the index. A crash before it sends again what came since the older
+// one.
 func (c *cursor) write(next int64) error {
 	b, err := json.Marshal(cursorFile{c.log, next})
 	if err != nil {
 		return err
 	}
-	w, err := os.OpenFile(c.path+".new", os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
-	if err != nil {
-		return err
-	}
-	if _, err = w.Write(append(b, '\n')); err == nil {
-		err = w.Sync()
-	}
-	if cerr := w.Close(); err == nil {
-		err = cerr
-	}
-	if err == nil {
-		err = os.Rename(c.path+".new", c.path)
-	}
-	if err != nil {
-		return err
-	}
-	d, err := os.Open(filepath.Dir(c.path))
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	return d.Sync()
+	return durable.WriteFile(c.path, append(b, '\n'))
 }

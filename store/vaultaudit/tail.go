@@ -16,6 +16,8 @@ import (
 	"time"
 
 	"github.com/go-json-experiment/json"
+
+	"github.com/countersign-dev/countersign/store/durable"
 )
 
 // place is how far the file was read: a file is known by its beginning, since
@@ -54,36 +56,15 @@ func (c *cursor) read() (place, error) {
 	return p, nil
 }
 
-// write puts p in place by rename. A crash before it leaves the older cursor,
-// and lines are read again: they give the entries that are on record already.
+// write keeps p. A crash before it reads lines again from the older place: they
+// give the entries that are on record already.
 func (c *cursor) write(p place) error {
 	p.Log = c.log
 	b, err := json.Marshal(p)
 	if err != nil {
 		return err
 	}
-	w, err := os.OpenFile(c.path+".new", os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
-	if err != nil {
-		return err
-	}
-	if _, err = w.Write(append(b, '\n')); err == nil {
-		err = w.Sync()
-	}
-	if cerr := w.Close(); err == nil {
-		err = cerr
-	}
-	if err == nil {
-		err = os.Rename(c.path+".new", c.path)
-	}
-	if err != nil {
-		return err
-	}
-	d, err := os.Open(filepath.Dir(c.path))
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	return d.Sync()
+	return durable.WriteFile(c.path, append(b, '\n'))
 }
 
 // tail reads a file that grows, through renaming and truncation.

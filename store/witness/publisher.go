@@ -6,13 +6,13 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"path/filepath"
 	"strings"
 	"sync/atomic"
 	"time"
 
 	"filippo.io/torchwood"
 	"github.com/countersign-dev/countersign/store"
+	"github.com/countersign-dev/countersign/store/durable"
 	"go.uber.org/zap"
 	"golang.org/x/mod/sumdb/note"
 )
@@ -365,7 +365,7 @@ func (p *Publisher) publish(ctx context.Context, l Published, c *candidate) {
 	if p.c.Withhold {
 		// A crash after this leaves in the file what nobody was shown yet, and the
 		// next start shows it.
-		if err := replace(p.c.File, signed); err != nil {
+		if err := durable.WriteFile(p.c.File, []byte(signed)); err != nil {
 			p.c.Log.Error("a checkpoint is not published: its file cannot be written", zap.Error(err))
 			return
 		}
@@ -460,26 +460,4 @@ func (p *Publisher) alert(ctx context.Context, w *peer, d *Dispute) {
 func backoff(n *int, base time.Duration) time.Duration {
 	*n++
 	return min(base<<min(*n-1, 10), time.Minute)
-}
-
-// replace puts text in the file at path by rename. A crash before that leaves
-// the older text and a file ending in .new; a crash after it, before the
-// directory is synced, leaves either.
-func replace(path, text string) error {
-	f, err := os.OpenFile(path+".new", os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = f.WriteString(text)
-	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return err
-	}
-	if err := os.Rename(path+".new", path); err != nil {
-		return err
-	}
-	d, err := os.Open(filepath.Dir(path))
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
 }

@@ -17,6 +17,8 @@ import (
 	"path/filepath"
 	"sync"
 	"time"
+
+	"github.com/countersign-dev/countersign/store/durable"
 )
 
 const (
@@ -79,9 +81,8 @@ func readOwn(path string) ([]byte, error) {
 }
 
 // makeAuthority writes a new authority to path, unless another process was
-// quicker: then its stands. A crash in it leaves at most a file whose name ends
-// in .new, which nothing reads.
-func makeAuthority(dir, path string, now time.Time) (err error) {
+// quicker: then its stands. A crash leaves none, or a whole one.
+func makeAuthority(dir, path string, now time.Time) error {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		return err
@@ -101,27 +102,11 @@ func makeAuthority(dir, path string, now time.Time) (err error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
-	f, err := os.CreateTemp(dir, caFile+"-*.new") // readable by the owner alone
-	if err != nil {
+	b := append(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: pkcs8})...)
+	if err := durable.CreateFile(path, b); err != nil && !errors.Is(err, fs.ErrExist) {
 		return err
 	}
-	defer func() { err = errors.Join(err, os.Remove(f.Name())) }()
-	for _, block := range []*pem.Block{{Type: "CERTIFICATE", Bytes: der}, {Type: "PRIVATE KEY", Bytes: pkcs8}} {
-		if err := pem.Encode(f, block); err != nil {
-			return errors.Join(err, f.Close())
-		}
-	}
-	if err := errors.Join(f.Sync(), f.Close()); err != nil {
-		return err
-	}
-	if err := os.Link(f.Name(), path); err != nil && !errors.Is(err, fs.ErrExist) {
-		return err
-	}
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
+	return nil
 }
 
 func serial() *big.Int {

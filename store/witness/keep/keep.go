@@ -10,10 +10,10 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"path/filepath"
 	"time"
 
 	"github.com/countersign-dev/countersign/store"
+	"github.com/countersign-dev/countersign/store/durable"
 	"github.com/go-json-experiment/json"
 	"go.uber.org/zap"
 )
@@ -164,31 +164,10 @@ const (
 	retryMost  = time.Hour
 )
 
-// save puts the file in place by rename. A crash before that leaves the older
-// file, and one ending in .new.
 func (k *Keeper) save() error {
 	b, err := json.Marshal(k.sent, json.Deterministic(true))
 	if err != nil {
 		return err
 	}
-	f, err := os.OpenFile(k.c.File+".new", os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(b)
-	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return err
-	}
-	if err := os.Rename(k.c.File+".new", k.c.File); err != nil {
-		return err
-	}
-	return syncDir(filepath.Dir(k.c.File))
-}
-
-func syncDir(path string) error {
-	d, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
+	return durable.WriteFile(k.c.File, b)
 }

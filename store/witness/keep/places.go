@@ -21,6 +21,7 @@ import (
 	"github.com/google/uuid"
 	slackgo "github.com/slack-go/slack"
 
+	"github.com/countersign-dev/countersign/store/durable"
 	"github.com/countersign-dev/countersign/store/trust"
 )
 
@@ -51,7 +52,7 @@ func (f *File) Keep(_ context.Context, c Checkpoint) error {
 	if err = errors.Join(err, w.Sync(), w.Close()); err != nil {
 		return err
 	}
-	return syncDir(filepath.Dir(f.Path))
+	return durable.SyncDir(filepath.Dir(f.Path))
 }
 
 // Slack posts checkpoints to a channel (chat.postMessage).
