@@ -42,8 +42,10 @@ stops itself when it finds that later. Token files are read again whenever
 they change; SIGTERM finishes what is under way and ends.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			hangups := catchHangups()
+			defer hangups.release()
 			var c recordConfig
-			return runConfigured(config, &c, func(log *zap.Logger) error { return runRecord(cmd.Context(), &c, log) })
+			return runConfigured(config, &c, func(log *zap.Logger) error { return runRecord(cmd.Context(), &c, hangups, log) })
 		},
 	}
 	configFlag(cmd, &config)
@@ -51,7 +53,7 @@ they change; SIGTERM finishes what is under way and ends.`,
 }
 
 // runRecord runs the recorder of a configuration until ctx ends.
-func runRecord(ctx context.Context, c *recordConfig, log *zap.Logger) error {
+func runRecord(ctx context.Context, c *recordConfig, hangups hangups, log *zap.Logger) error {
 	o, err := c.options(log)
 	if err != nil {
 		return err
@@ -77,7 +79,7 @@ func runRecord(ctx context.Context, c *recordConfig, log *zap.Logger) error {
 		}
 		defer stop()
 	}
-	stop := onHangup(func() {
+	stop := hangups.each(func() {
 		if o.approval == nil {
 			log.Info("nothing to reload: token files are read again whenever they change")
 		} else if err := o.approval.scopes.Reload(); err != nil {

@@ -45,8 +45,10 @@ identity keys again; SIGTERM finishes what is under way and ends, a second one
 ends at once.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			hangups := catchHangups()
+			defer hangups.release()
 			var c serveConfig
-			return runConfigured(config, &c, func(log *zap.Logger) error { return serve(cmd.Context(), &c, log) })
+			return runConfigured(config, &c, func(log *zap.Logger) error { return serve(cmd.Context(), &c, hangups, log) })
 		},
 	}
 	configFlag(cmd, &config)
@@ -54,7 +56,7 @@ ends at once.`,
 }
 
 // serve runs the broker of a configuration until ctx ends.
-func serve(ctx context.Context, c *serveConfig, log *zap.Logger) error {
+func serve(ctx context.Context, c *serveConfig, hangups hangups, log *zap.Logger) error {
 	o, err := c.options(log)
 	if err != nil {
 		return err
@@ -90,7 +92,7 @@ func serve(ctx context.Context, c *serveConfig, log *zap.Logger) error {
 		}
 	}
 	log.Info("serving", zap.Stringer("addr", l.Addr()), zap.Bool("tls", tls != nil), zap.String("version", buildVersion()))
-	stop := onHangup(func() { m.reload() })
+	stop := hangups.each(m.reload)
 	defer stop()
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return m.serve(ctx, l, tls, c.Drain) })
@@ -355,22 +357,33 @@ func (m *machines) reload() {
 	}
 }
 
-// onHangup calls fn for each SIGHUP until the returned function is called.
-func onHangup(fn func()) (stop func()) {
-	hangup := make(chan os.Signal, 1)
-	signal.Notify(hangup, syscall.SIGHUP)
+// hangups are the SIGHUPs that a process was sent and that are not dealt with:
+// one stands for several. None ends the process while they are caught, in its
+// start and in its end either.
+type hangups chan os.Signal
+
+func catchHangups() hangups {
+	h := make(hangups, 1)
+	signal.Notify(h, syscall.SIGHUP)
+	return h
+}
+
+func (h hangups) release() { signal.Stop(h) }
+
+// each calls fn for each until the returned function is called.
+func (h hangups) each(fn func()) (stop func()) {
 	done := make(chan struct{})
 	go func() {
 		for {
 			select {
-			case <-hangup:
+			case <-h:
 				fn()
 			case <-done:
 				return
 			}
 		}
 	}()
-	return func() { signal.Stop(hangup); close(done) }
+	return func() { close(done) }
 }
 
 func configFlag(cmd *cobra.Command, config *string) {

@@ -9,6 +9,7 @@ import (
 	"crypto/x509/pkix"
 	"encoding/json"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"io"
 	"math/big"
@@ -326,6 +327,55 @@ func TestTwoProcessesIssueReloadAndEnd(t *testing.T) {
 				return status == 503 && strings.Contains(body, "problems/ledger-unavailable")
 			})
 		}
+	}
+}
+
+func TestAHangupDuringTheStartIsDealtWithOnceTheProcessServes(t *testing.T) {
+	p := newPair(t)
+	for _, x := range []struct {
+		name, url, says string
+		cmd             *exec.Cmd
+		done            <-chan struct{}
+	}{
+		{"serve", p.url, `"msg":"reloaded","what":"identity keys"`, p.broker, p.served},
+		{"record", p.recorderURL, `"msg":"nothing to reload`, p.recorder, p.recorded},
+	} {
+		must(t, x.cmd.Process.Signal(syscall.SIGTERM))
+		<-x.done
+		conf, err := os.ReadFile(p.file(x.name + ".yaml"))
+		must(t, err)
+		// It waits for its configuration, and so the signal comes before it is read.
+		pipe := p.file(x.name + ".pipe")
+		must(t, syscall.Mkfifo(pipe, 0o600))
+		log, err := os.Create(p.file("hangup.log"))
+		must(t, err)
+		cmd := countersign(t, x.name, "--config", pipe)
+		cmd.Stdout, cmd.Stderr = log, log
+		done, err := vaultdev.Run(cmd)
+		must(t, errors.Join(err, log.Close()))
+		t.Cleanup(func() { _ = cmd.Process.Kill(); <-done })
+		var in *os.File
+		eventually(t, x.name+" reads its configuration", func() bool {
+			in, err = os.OpenFile(pipe, os.O_WRONLY|syscall.O_NONBLOCK, 0)
+			return err == nil
+		})
+		must(t, cmd.Process.Signal(syscall.SIGHUP))
+		_, err = in.Write(conf)
+		must(t, errors.Join(err, in.Close()))
+		eventually(t, x.name+" serves and has read its files again", func() bool {
+			select {
+			case <-done:
+				said, _ := os.ReadFile(log.Name())
+				t.Fatalf("%s ended: %v\n%s", x.name, cmd.ProcessState, said)
+			default:
+			}
+			said, _ := os.ReadFile(log.Name())
+			res, err := p.http.Get(x.url + "/healthz")
+			if err == nil {
+				res.Body.Close()
+			}
+			return err == nil && res.StatusCode == http.StatusOK && strings.Contains(string(said), x.says)
+		})
 	}
 }
 
