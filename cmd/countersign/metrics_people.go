@@ -37,7 +37,7 @@ func newPeopleMetrics(m *metrics) *peopleMetrics {
 			Buckets: prometheus.ExponentialBuckets(1, 2, 11)}),
 		decided: newHistogram(r, "approval_seconds", "How long requests waited for people, by how that ended.", unhurried, "status"),
 	}
-	r.MustRegister(x.batch, audited{x}.collector(), standing{x}.collector())
+	r.MustRegister(x.batch, x.audited(), x.standing())
 	for _, t := range store.Types() {
 		x.entries.WithLabelValues(string(t)) // so that a rule over it has something to look at
 	}
@@ -73,9 +73,7 @@ func (x *peopleMetrics) committed(c ledger.Commit) {
 }
 
 // standing is what stands in the ledger, and waits beside it.
-type standing struct{ x *peopleMetrics }
-
-func (s standing) collector() *collector {
+func (x *peopleMetrics) standing() *collector {
 	c := &collector{}
 	up := c.desc("ledger_up", "1 while this recorder has its ledger open; 0 while it stands by, or waits for its database.")
 	size := c.desc("ledger_entries", "Entries in the log: the size of its head.")
@@ -92,7 +90,7 @@ func (s standing) collector() *collector {
 	disk := c.desc("ledger_disk_bytes", "Size of that disk.")
 	c.collect = func(send func(*prometheus.Desc, prometheus.ValueType, float64, ...string)) {
 		gauge := func(d *prometheus.Desc, n float64, labels ...string) { send(d, prometheus.GaugeValue, n, labels...) }
-		p := s.x.people.Load()
+		p := x.people.Load()
 		if p == nil || p.ledger.Err() != nil {
 			gauge(up, 0)
 			return
@@ -176,12 +174,9 @@ func unpublished(ctx context.Context, l *ledger.Ledger, size int64) (at int64, a
 	return 0, 0, errors.New("entry " + strconv.FormatInt(at, 10) + " has no time")
 }
 
-// audited is what was seen in Vault's audit log since the recorder started.
-type audited struct{ x *peopleMetrics }
-
-// collector's metrics are zero without an audit log that is followed, so that a
-// rule over them has something to look at.
-func (a audited) collector() *collector {
+// audited is what was seen in Vault's audit log since the recorder started: zero
+// without one that is followed, so that a rule over it has something to look at.
+func (x *peopleMetrics) audited() *collector {
 	c := &collector{}
 	alerts := c.desc("alerts_total", "Alerts put on record over Vault's audit log, by what they are about.", "alert")
 	lines := c.desc("vault_audit_lines_total", "Lines of Vault's audit log about tokens of ours.")
@@ -192,7 +187,7 @@ func (a audited) collector() *collector {
 	waiting := c.desc("vault_audit_waiting", "Lines of Vault's audit log that wait for the record to account for them.")
 	c.collect = func(send func(*prometheus.Desc, prometheus.ValueType, float64, ...string)) {
 		var n vaultaudit.Counts
-		if p := a.x.people.Load(); p != nil && p.audit != nil {
+		if p := x.people.Load(); p != nil && p.audit != nil {
 			n = p.audit.Counts()
 		}
 		count := func(d *prometheus.Desc, n int64, labels ...string) {
