@@ -161,8 +161,8 @@ func (f *askFlags) request(ctx context.Context, b *client.Broker) (*client.Crede
 		if time.Until(until) <= 0 {
 			return nil, &exitError{exitPending, fmt.Errorf("request %s is %s: ask again with the same flags to join it, or add --wait", c.Request, c.Status)}
 		}
-		if wait > 0 && time.Since(began) >= time.Second {
-			continue // it was waited for
+		if wait == 0 || time.Since(began) >= time.Second {
+			continue // to wait for it, or it was waited for
 		}
 		select {
 		case <-ctx.Done():
