@@ -56,12 +56,6 @@ func (p *path) outcome(part string) store.UseOutcome {
 	return o
 }
 
-func (p *path) answered(part string) bool {
-	p.tap.mu.Lock()
-	defer p.tap.mu.Unlock()
-	return bytes.Contains(p.tap.answered.Bytes(), []byte(part))
-}
-
 func TestWhatFollowsAFailureToRecordInALongPipelineIsNotOnRecord(t *testing.T) {
 	p := serve(t, everything())
 	w := p.wire()
