@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"runtime"
 	"sync"
 	"time"
 
@@ -20,6 +19,7 @@ const (
 	maxHeld    = 32 << 20 // bytes of outcomes that are kept while the recorder is away
 
 	appendWithin = 5 * time.Second        // one append
+	gather       = 200 * time.Microsecond // how long, under load, those of the last append are waited for
 	soon         = 200 * time.Millisecond // how long outcomes are collected, and the first pause before they are tried again
 	maxPause     = 5 * time.Second        // between tries
 	closeWithin  = 5 * time.Second        // for what is still to be on record
@@ -40,10 +40,10 @@ type queued struct {
 }
 
 // recording is the way of all entries of a gateway to the record. While one
-// append is under way, all that comes in is collected into the next: no timer
-// delays a use, and the busier it is, the more uses share a commit. The order in
-// which entries come in is the order in which they go on record, but for
-// outcomes that the recorder did not take at first.
+// append is under way, all that comes in is collected into the next, which waits
+// a moment for as many as the last one held: the busier it is, the more uses share
+// a commit. The order in which entries come in is the order in which they go on
+// record, but for outcomes that the recorder did not take at first.
 type recording struct {
 	rec Recorder
 	log *zap.Logger
@@ -147,12 +147,11 @@ func (r *recording) push(q *queued) {
 // empty appends what is queued, batch by batch, until nothing is.
 func (r *recording) empty() {
 	for last := 0; ; {
-		// Under load, whoever is ready to run goes first and may join this batch: an
+		// Under load, those whose uses the last append held are about to ask again: an
 		// append for few costs nearly as much as one for many. A lone use waits for
 		// nobody.
-		for queued := -1; last > 1 && queued < r.queued(); {
-			queued = r.queued()
-			runtime.Gosched()
+		if last > 1 && r.queued() < last {
+			time.Sleep(gather)
 		}
 		batch := r.take()
 		if batch == nil {

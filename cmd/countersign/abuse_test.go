@@ -34,6 +34,7 @@ import (
 	"github.com/countersign-dev/countersign/issuer/vaulttest"
 	"github.com/countersign-dev/countersign/scopes"
 	"github.com/countersign-dev/countersign/store"
+	"github.com/countersign-dev/countersign/store/refusal"
 	"github.com/countersign-dev/countersign/store/trust"
 )
 
@@ -762,7 +763,9 @@ func (s *assault) refusals(sending time.Duration) {
 			break
 		}
 	}
-	most := int(sending.Seconds()) + 70
+	// One by one go a burst and then one in each interval, which may be of one kind;
+	// what is folded of a kind is one in each interval too.
+	most := refusal.Burst + 2*int(sending/refusal.Interval) + 20
 	for kind, n := range kinds {
 		if n > most {
 			s.t.Errorf("%d entries of refusals of one kind in %s: %s", n, sending, kind)
